@@ -1,0 +1,197 @@
+r"""Enhanced sampling: samples of several biased ensembles that together cover the equilibrium.
+
+Window k samples `p_k(x) ~ exp(-(U(x) + b_k(x)) / kT)`. Umbrella sampling takes harmonic biases
+
+    b_k(x) = stiffness_k / 2 (x - c_k)^2
+
+with centres `c_k` along x. The matrix of reduced biases `b_k(x_n) / kT` of every frame in every
+window is all that reweighting needs (see `reweight`).
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bopito_inverse.arguments import (
+    Seed,
+    as_count,
+    as_device,
+    as_frames,
+    as_generator,
+    as_positive,
+)
+from bopito_inverse.datasets import read_npz, write_npz
+from bopito_inverse.simulate.langevin import record
+from bopito_inverse.systems.potentials import Potential1D
+
+LONGEST_STEP = 0.1  # stiffness * time_step / friction; beyond it Euler-Maruyama widens a window
+
+
+@dataclass(eq=False)
+class BiasedSamples:
+    """Equal numbers of frames from biased windows, of any origin.
+
+    Args:
+        frames: `(n_windows, n_frames, *event)`; where a window was sampled by several walkers, the
+            frames of one walker follow those of another.
+        reduced_bias: `b_k(x_n) / kT`, float64, `(n_windows, n_windows * n_frames)`; the column of
+            frame i of window k is `k * n_frames + i`.
+        kT: thermal energy, in the unit of the biases.
+        n_walkers: walkers in each window.
+        system: name of the system that was simulated.
+
+    Raises:
+        ValueError: shapes that do not fit together, non-finite values, n_walkers that does not
+            divide n_frames.
+    """
+
+    frames: Tensor
+    reduced_bias: Tensor
+    kT: float = 1.0
+    n_walkers: int = 1
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        self.frames = torch.as_tensor(self.frames, dtype=torch.float32)
+        if self.frames.ndim < 3 or self.frames.shape[0] < 1 or self.frames.shape[1] < 1:
+            raise ValueError(
+                "frames must have shape (n_windows, n_frames, *event), got "
+                f"{tuple(self.frames.shape)}"
+            )
+        for k, window in enumerate(self.frames):
+            as_frames(f"frames[{k}]", window, device=window.device)
+        self.reduced_bias = _as_bias(self.reduced_bias, self.n_windows, self.frames_flat)
+        self.kT = as_positive("kT", self.kT)
+        self.n_walkers = as_count("n_walkers", self.n_walkers)
+        if self.n_frames % self.n_walkers:
+            raise ValueError(
+                f"n_walkers must divide the {self.n_frames} frames of a window, got "
+                f"{self.n_walkers}"
+            )
+
+    @property
+    def n_windows(self) -> int:
+        """Number of biased windows."""
+        return self.frames.shape[0]
+
+    @property
+    def n_frames(self) -> int:
+        """Frames in each window."""
+        return self.frames.shape[1]
+
+    @property
+    def frames_flat(self) -> Tensor:
+        """All frames in a row, `(n_windows * n_frames, *event)`: what MBAR weights belong to."""
+        return self.frames.flatten(0, 1)
+
+    def write(self, path: str | os.PathLike) -> None:
+        """Write `.npz` with one array per field, complete or not at all."""
+        write_npz(
+            path,
+            frames=self.frames.cpu().numpy(),
+            reduced_bias=self.reduced_bias.cpu().numpy(),
+            kT=np.float64(self.kT),
+            n_walkers=np.int64(self.n_walkers),
+            system=np.str_(self.system or ""),
+        )
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> "BiasedSamples":
+        """Read what `write` wrote (`n_walkers` and `system` may be missing).
+
+        Raises:
+            ValueError: the file is truncated, foreign, lacks a key or holds bad values.
+        """
+        arrays = read_npz(path, ("frames", "reduced_bias", "kT"))
+        try:
+            return cls(
+                torch.from_numpy(arrays["frames"]),
+                torch.from_numpy(arrays["reduced_bias"]),
+                float(arrays["kT"].item()),
+                int(arrays["n_walkers"].item()) if "n_walkers" in arrays else 1,
+                (str(arrays["system"]) or None) if "system" in arrays else None,
+            )
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def umbrella(
+    system: Potential1D,
+    centers: Sequence[float] | np.ndarray,
+    stiffness: float | Sequence[float] | np.ndarray,
+    n_frames: int,
+    seed: Seed = 0,
+    n_walkers: int = 20,
+    burn_in: int = 50,
+    device: str | torch.device = "auto",
+) -> BiasedSamples:
+    """Sample harmonic windows 0.5 k (x - c)^2, all windows and walkers in one batch.
+
+    Walkers start at the centre of their window.
+
+    Args:
+        system: what moves.
+        centers: window centres c, `(n_windows,)`.
+        stiffness: k, one for all windows or one each, in energy per length^2.
+        n_frames: frames kept in each window, a multiple of `n_walkers`.
+        seed: integer or generator.
+        n_walkers: independent walkers in each window, `n_frames / n_walkers` frames each.
+        burn_in: frames of each walker left out at the start, to forget the centre.
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        ValueError: non-finite centres, stiffness not positive or too high for the time step, or
+            n_frames no multiple of n_walkers.
+    """
+    n_walkers, burn_in = as_count("n_walkers", n_walkers), as_count("burn_in", burn_in, minimum=0)
+    if as_count("n_frames", n_frames) % n_walkers:
+        raise ValueError(f"n_frames must be a multiple of n_walkers ({n_walkers}), got {n_frames}")
+    target = as_device(device)
+    c, k = (part.to(target) for part in _as_windows(system, centers, stiffness))
+    centre, spring = (v.float().repeat_interleave(n_walkers)[:, None] for v in (c, k))
+    frames = centre.new_empty(len(centre), 1 + burn_in + n_frames // n_walkers, 1)
+    generator = as_generator(seed, target)
+    record(system, centre, frames, generator, bias=lambda x: spring * (centre - x))
+    kept = frames[:, 1 + burn_in :].reshape(len(c), n_frames, 1)
+    x = kept.double().flatten()
+    bias = 0.5 * k[:, None] * (x - c[:, None]).square() / system.kT
+    return BiasedSamples(kept, bias, system.kT, n_walkers, system.name)
+
+
+def _as_windows(
+    system: Potential1D,
+    centers: Sequence[float] | np.ndarray,
+    stiffness: float | Sequence[float] | np.ndarray,
+) -> tuple[Tensor, Tensor]:
+    """Centres and stiffnesses `(n_windows,)`, checked."""
+    c = np.asarray(centers, dtype=np.float64)
+    if c.ndim != 1 or len(c) == 0 or not np.isfinite(c).all():
+        raise ValueError(f"centers must be a list of finite positions, got {centers!r}")
+    k = np.asarray(stiffness, dtype=np.float64)
+    if k.shape not in ((), c.shape) or not (np.isfinite(k) & (k > 0)).all():
+        raise ValueError(
+            f"stiffness must be positive, one number or one for each of {len(c)} windows, got "
+            f"{stiffness!r}"
+        )
+    limit = LONGEST_STEP * system.friction / system.time_step
+    if k.max() > limit:
+        raise ValueError(
+            f"stiffness must be at most {limit:g} with time_step {system.time_step:g}, got "
+            f"{k.max():g}"
+        )
+    return torch.from_numpy(c), torch.from_numpy(np.broadcast_to(k, c.shape).copy())
+
+
+def _as_bias(bias: Tensor, n_windows: int, frames: Tensor) -> Tensor:
+    bias = torch.as_tensor(bias, dtype=torch.float64, device=frames.device)
+    expected = (n_windows, len(frames))
+    if bias.shape != expected:
+        raise ValueError(f"reduced_bias must have shape {expected}, got {tuple(bias.shape)}")
+    if not torch.isfinite(bias).all():
+        k, n = (~torch.isfinite(bias)).nonzero()[0].tolist()
+        raise ValueError(f"reduced_bias must be finite, got {float(bias[k, n])} at [{k}, {n}]")
+    return bias

@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+import torch
+
+from bopito_inverse.simulate import BiasedSamples, umbrella
+from bopito_inverse.systems import OrnsteinUhlenbeck
+
+
+def system() -> OrnsteinUhlenbeck:
+    return OrnsteinUhlenbeck(stiffness=1.0, kT=2.0, time_step=2e-3, steps_per_frame=100)
+
+
+def test_windows_of_a_harmonic_well_are_gaussian() -> None:
+    centers, k, n_walkers = np.array([-2.0, 0.0, 1.5]), np.array([3.0, 6.0, 10.0]), 500
+    biased = umbrella(system(), centers, k, n_frames=4 * n_walkers, n_walkers=n_walkers)
+    assert tuple(biased.frames.shape) == (3, 2000, 1)
+    x = biased.frames.double().view(3, n_walkers, 4)[:, :, -1].numpy()
+    mean, variance = k * centers / (1 + k), 2.0 / (1 + k)
+    variance = variance / (1 - 0.5 * (1 + k) * 2e-3)  # of Euler-Maruyama
+    assert np.abs((x.mean(1) - mean) / np.sqrt(variance / n_walkers)).max() < 4
+    assert np.abs((x.var(1, ddof=1) / variance - 1) / np.sqrt(2 / n_walkers)).max() < 4
+
+
+def test_reduced_bias_is_that_of_every_frame_in_every_window() -> None:
+    biased = umbrella(system(), [-1.0, 1.0], [3.0, 5.0], n_frames=6, n_walkers=2, burn_in=0)
+    x = biased.frames_flat[:, 0].double()
+    for k, (center, stiffness) in enumerate([(-1.0, 3.0), (1.0, 5.0)]):
+        expected = 0.5 * stiffness * (x - center) ** 2 / 2.0
+        assert torch.allclose(biased.reduced_bias[k], expected)
+    assert torch.equal(biased.frames_flat[6:], biased.frames[1])
+
+
+def test_same_seed_same_samples() -> None:
+    first, again, other = (
+        umbrella(system(), [-1.0, 1.0], 3.0, n_frames=20, burn_in=0, seed=s) for s in (4, 4, 5)
+    )
+    assert torch.equal(first.frames, again.frames)
+    assert not torch.equal(first.frames, other.frames)
+
+
+def test_samples_survive_a_file(tmp_path) -> None:
+    path = tmp_path / "biased.npz"
+    before = umbrella(system(), [-1.0, 1.0], 3.0, n_frames=6, n_walkers=3, burn_in=0)
+    before.write(path)
+    after = BiasedSamples.read(path)
+    assert torch.equal(before.frames, after.frames)
+    assert torch.equal(before.reduced_bias, after.reduced_bias)
+    assert (after.kT, after.n_walkers, after.system) == (2.0, 3, "OrnsteinUhlenbeck")
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"biased\.npz is no readable"):
+        BiasedSamples.read(path)
+    np.savez(path, frames=np.zeros((2, 3, 1)), kT=1.0)
+    with pytest.raises(ValueError, match=r"biased\.npz has no array 'reduced_bias'"):
+        BiasedSamples.read(path)
+    np.savez(path, frames=np.zeros((2, 3, 1)), kT=1.0, reduced_bias=np.zeros((2, 5)))
+    with pytest.raises(ValueError, match=r"biased\.npz: reduced_bias must have shape \(2, 6\)"):
+        BiasedSamples.read(path)
+
+
+def test_bad_samples_are_refused() -> None:
+    frames, bias = torch.zeros(2, 6, 1), torch.zeros(2, 12)
+    with pytest.raises(ValueError, match="frames must have shape"):
+        BiasedSamples(frames[0], bias)
+    with pytest.raises(ValueError, match=r"frames\[1\] must be finite.*frame 3"):
+        BiasedSamples(
+            frames.index_put((torch.tensor(1), torch.tensor(3)), torch.tensor(1e99)), bias
+        )
+    with pytest.raises(ValueError, match=r"reduced_bias must be finite, got nan at \[0, 0\]"):
+        BiasedSamples(frames, bias * float("nan"))
+    with pytest.raises(ValueError, match="n_walkers must divide the 6 frames of a window, got 4"):
+        BiasedSamples(frames, bias, n_walkers=4)
+    with pytest.raises(ValueError, match="kT must be a positive number"):
+        BiasedSamples(frames, bias, kT=0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"centers": []}, "centers must be"),
+        ({"centers": [0.0, np.inf]}, "centers must be"),
+        ({"stiffness": [1.0, 2.0, 3.0]}, "one for each of 2 windows"),
+        ({"stiffness": -1.0}, "stiffness must be positive"),
+        ({"stiffness": 1e3}, "stiffness must be at most 50 with time_step 0.002, got 1000"),
+        ({"n_frames": 7}, r"n_frames must be a multiple of n_walkers \(3\), got 7"),
+        ({"burn_in": -1}, "burn_in must be a whole number of at least 0"),
+    ],
+)
+def test_bad_windows_are_refused(change: dict, message: str) -> None:
+    arguments = {"centers": [-1.0, 1.0], "stiffness": 3.0, "n_frames": 6, "n_walkers": 3}
+    with pytest.raises(ValueError, match=message):
+        umbrella(system(), **(arguments | change))
