@@ -1,0 +1,223 @@
+r"""Training of the scores by denoising score matching.
+
+A batch of frames y (standardised), noised to x_t = alpha y + sigma eps at random t, gives the loss
+
+    L = E |eps - eps_hat(x_t, t | ...)|^2 / alpha(t)^2,
+
+which is the squared error of the velocity alpha eps - sigma y (see `scores`). The equilibrium score
+sees frames drawn by weight, the dynamic scores see lagged pairs with their lag. s_eq is frozen while
+s_dyn trains (Viguera Diez et al., arXiv 2410.10605, algorithm 1). Times t are stratified over the
+batch, and what is returned is the exponential moving average of the parameters.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from bopito_inverse.arguments import Device, as_count, as_device
+from bopito_inverse.datasets import Array, Frames, LaggedPairs, LagSampling, Trajectories
+from bopito_inverse.models.scores import BoPITOScore, DynamicScore, EquilibriumScore, ITOScore
+from bopito_inverse.noise import Scaling, VPSchedule, per_replica
+
+Batch = tuple[Tensor, ...]
+
+
+class NetworkConfig(BaseModel):
+    """Size of a network: `width`, `depth` and Fourier frequencies per input."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    width: int = Field(128, ge=1)
+    depth: int = Field(3, ge=1)
+    n_frequencies: int = Field(8, ge=1)
+
+
+class TrainingConfig(BaseModel):
+    """Hyperparameters of one training run.
+
+    The learning rate warms up over `warmup` steps and then falls to zero as a cosine; the moving
+    average starts as a plain average, so that it forgets the first steps.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(4000, ge=1)
+    batch_size: int = Field(4096, ge=1)
+    learning_rate: float = Field(2e-3, gt=0)
+    warmup: int = Field(100, ge=0)
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    gradient_clip: float = Field(1.0, gt=0)
+    lag_sampling: LagSampling = "log_uniform"
+    checkpoint_every: int = Field(500, ge=1)
+    network: NetworkConfig = NetworkConfig()
+
+
+def train_equilibrium(
+    frames: Array | Frames,
+    weights: Array | None = None,
+    config: TrainingConfig | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    device: Device | str = "auto",
+    progress: bool = False,
+) -> EquilibriumScore:
+    """Train s_eq on equilibrium frames.
+
+    Args:
+        frames: frames (n, *event) in data units, or weighted `Frames`.
+        weights: weight of each frame (n,), for example from `simulate.mbar_weights`.
+        config: hyperparameters.
+        seed: integer; the same seed gives the same score on the same kind of device.
+        folder: where the loss is logged (`metrics.csv`) and the state is kept: a run that was
+            killed goes on from there when called again.
+        device: `auto`, `cpu` or `cuda`.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: NaN or infinite frames, weights that do not fit, unknown device.
+    """
+    if isinstance(frames, Frames):
+        if weights is not None:
+            raise ValueError("weights must be None where frames are already weighted Frames")
+        data = frames
+    else:
+        data = Frames(frames, weights)
+    target = as_device(device)
+    data = data.to(target)
+    config = config or TrainingConfig()
+    scaling = _scaling_of(data)
+    score = _build(EquilibriumScore, data.event_shape, config, VPSchedule(), scaling, seed)
+
+    def loss(score: nn.Module, generator: torch.Generator) -> Tensor:
+        x = data.sample(config.batch_size, generator)
+        return _velocity_loss(score, x, (), generator)
+
+    return _optimise(score, loss, config, seed, target, folder, progress)
+
+
+def train_bopito(
+    trajectories: Trajectories,
+    s_eq: EquilibriumScore,
+    lag_max: int,
+    lambda_hat: float,
+    config: TrainingConfig | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    device: Device | str = "auto",
+    progress: bool = False,
+) -> BoPITOScore:
+    """Train s_dyn on lagged pairs, with s_eq frozen.
+
+    Args:
+        trajectories: the dynamics, biased or not.
+        s_eq: trained equilibrium score, in the unbiased equilibrium; it is not changed.
+        lag_max: longest lag N_max in frames, shorter than the longest trajectory.
+        lambda_hat: assumed decay per frame of the slowest process, in (0, 1).
+        config, seed, folder, device, progress: as in `train_equilibrium`.
+
+    Raises:
+        ValueError: lag_max not below the longest trajectory, lambda_hat outside (0, 1), frames of
+            another shape than s_eq's.
+    """
+    target = as_device(device)
+    if trajectories.event_shape != s_eq.event_shape:
+        raise ValueError(
+            f"trajectories must hold frames of shape {s_eq.event_shape}, as s_eq does, "
+            f"got {trajectories.event_shape}"
+        )
+    config = config or TrainingConfig()
+    s_dyn = _build(DynamicScore, s_eq.event_shape, config, s_eq.noise, s_eq.scaling, seed)
+    bopito = BoPITOScore(s_eq, s_dyn, lambda_hat, lag_max)
+    return _train_on_pairs(bopito, trajectories, lag_max, config, seed, target, folder, progress)
+
+
+def train_ito(
+    trajectories: Trajectories,
+    lag_max: int,
+    config: TrainingConfig | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    device: Device | str = "auto",
+    progress: bool = False,
+) -> ITOScore:
+    """Train an implicit transfer operator, with no equilibrium prior; as `train_bopito`."""
+    target = as_device(device)
+    config = config or TrainingConfig()
+    scaling = _scaling_of(Frames(trajectories.frames))
+    score = _build(ITOScore, trajectories.event_shape, config, VPSchedule(), scaling, seed)
+    return _train_on_pairs(score, trajectories, lag_max, config, seed, target, folder, progress)
+
+
+def _train_on_pairs(
+    score: nn.Module,
+    trajectories: Trajectories,
+    lag_max: int,
+    config: TrainingConfig,
+    seed: int,
+    device: torch.device,
+    folder: str | Path | None,
+    progress: bool,
+) -> Any:
+    lag_max = as_count("lag_max", lag_max)
+    pairs = LaggedPairs(trajectories.to(device), lag_max, config.lag_sampling)
+
+    def loss(score: nn.Module, generator: torch.Generator) -> Tensor:
+        x_0, x, lag = pairs.sample(config.batch_size, generator)
+        x_0 = score.scaling.standardise(x_0)  # type: ignore[union-attr, operator]
+        return _velocity_loss(score, x, (x_0, lag), generator)
+
+    return _optimise(score, loss, config, seed, device, folder, progress)
+
+
+def _velocity_loss(
+    score: nn.Module, x: Tensor, condition: Batch, generator: torch.Generator
+) -> Tensor:
+    y = score.scaling.standardise(x)  # type: ignore[union-attr, operator]
+    noise: VPSchedule = score.noise  # type: ignore[assignment]
+    offsets = torch.rand(len(y), generator=generator, device=y.device)
+    t = (torch.arange(len(y), device=y.device) + offsets) / len(y)
+    eps = torch.randn(y.shape, generator=generator, device=y.device)
+    alpha, sigma = per_replica(noise.alpha(t), y), per_replica(noise.sigma(t), y)
+    eps_hat = score(alpha * y + sigma * eps, t, *condition)
+    return ((eps - eps_hat) / alpha).square().mean()
+
+
+def _build(
+    kind: type,
+    event_shape: tuple[int, ...],
+    config: TrainingConfig,
+    noise: VPSchedule,
+    scaling: Scaling,
+    seed: int,
+) -> Any:
+    """A score with initial parameters drawn from `seed`, the global random state untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        own = Scaling(scaling.mean.tolist(), float(scaling.scale))
+        return kind(event_shape, config.network.model_dump(), noise, own)
+
+
+def _scaling_of(frames: Frames) -> Scaling:
+    """Mean of each component and one scale for all, so that directions are not distorted."""
+    scale = float(frames.std().square().mean().sqrt())
+    if scale == 0:
+        raise ValueError("frames must differ from each other, got frames that are all equal")
+    return Scaling(frames.mean().tolist(), scale)
+
+
+def _optimise(
+    score: nn.Module,
+    loss: Callable[[nn.Module, torch.Generator], Tensor],
+    config: TrainingConfig,
+    seed: int,
+    device: torch.device,
+    folder: str | Path | None,
+    progress: bool,
+) -> Any:
+    from bopito_inverse.models.loop import optimise  # Lightning takes seconds to import
+
+    return optimise(score, loss, config, seed, device, folder, progress)

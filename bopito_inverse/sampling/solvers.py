@@ -1,0 +1,167 @@
+r"""Solvers that turn noise into frames by integrating the reverse diffusion.
+
+Every solver visits n + 1 log signal-to-noise ratios r = log alpha / sigma, from t = 1 to t = 0, calls
+the score once at each of them but for extra stages, and returns the data prediction
+(x_t - sigma eps) / alpha of the last call. The probability-flow ODE, written for the data prediction
+D(x_t, t) between two ratios r < s, is
+
+    x_s = (sigma_s / sigma_r) x_r + sigma_s \int_r^s e^u D(u) du,
+
+(Lu et al., DPM-Solver++, arXiv 2211.01095, eq. 8). Solvers differ in how they extrapolate D.
+No solver disables autograd: the caller chooses.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bopito_inverse.arguments import as_count
+from bopito_inverse.noise import VPSchedule
+
+BoundScore = Callable[[Tensor, Tensor], Tensor]
+"""A score whose conditioning is fixed: (x_t (B, *event), t ()) -> eps (B, *event)."""
+
+NormalDraw = Callable[[Tensor], Tensor]
+"""Standard normal numbers, shaped like the argument."""
+
+
+class Solver(Protocol):
+    """Maps noise `x_1` to a standardised frame; `evaluations` counts its score calls."""
+
+    @property
+    def evaluations(self) -> int:
+        """Score calls for one sample."""
+        ...
+
+    def __call__(
+        self, eps: BoundScore, noise: VPSchedule, x_1: Tensor, normal: NormalDraw
+    ) -> Tensor:
+        """Standardised frames (B, *event) from `x_1` (B, *event)."""
+        ...
+
+
+class DPMSolver:
+    """Multistep DPM-Solver++ in the data prediction, of order 1 (DDIM), 2 or 3.
+
+    One score call a step. Order 2 is DPM-Solver++(2M), arXiv 2211.01095, algorithm 2; order 3
+    adds the second difference of the last three data predictions.
+
+    Args:
+        evaluations: score calls for one sample.
+        order: order of the extrapolation.
+    """
+
+    def __init__(self, evaluations: int = 20, order: int = 3) -> None:
+        self.evaluations = as_count("evaluations", evaluations, 2)
+        if order not in (1, 2, 3):
+            raise ValueError(f"order must be 1, 2 or 3, got {order}")
+        self.order = order
+
+    def __repr__(self) -> str:
+        return f"DPMSolver(evaluations={self.evaluations}, order={self.order})"
+
+    def __call__(
+        self, eps: BoundScore, noise: VPSchedule, x_1: Tensor, normal: NormalDraw
+    ) -> Tensor:
+        """Standardised frames (B, *event); deterministic given `x_1`."""
+        times = torch.linspace(1, 0, self.evaluations, device=x_1.device)
+        x, past = x_1, []
+        for i, t in enumerate(times):
+            alpha, sigma = noise.alpha(t), noise.sigma(t)
+            data = (x - sigma * eps(x, t)) / alpha
+            if i + 1 == len(times):
+                return data
+            past = [data, *past][: self.order]
+            x = _multistep(x, past, noise, t, times[i + 1])
+        raise AssertionError("unreachable: the loop returns")
+
+
+class Heun:
+    """Second-order Runge-Kutta in the data prediction; two score calls a step."""
+
+    def __init__(self, evaluations: int = 39) -> None:
+        if as_count("evaluations", evaluations, 3) % 2 == 0:
+            raise ValueError(f"evaluations must be odd for Heun, got {evaluations}")
+        self.evaluations = evaluations
+
+    def __repr__(self) -> str:
+        return f"Heun(evaluations={self.evaluations})"
+
+    def __call__(
+        self, eps: BoundScore, noise: VPSchedule, x_1: Tensor, normal: NormalDraw
+    ) -> Tensor:
+        """Standardised frames (B, *event); deterministic given `x_1`."""
+        times = torch.linspace(1, 0, (self.evaluations + 1) // 2, device=x_1.device)
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return (x - noise.sigma(t) * eps(x, t)) / noise.alpha(t)
+
+        x = x_1
+        for t, s in zip(times[:-1], times[1:], strict=True):
+            data = predict(x, t)
+            trial = _multistep(x, [data], noise, t, s)
+            slope = predict(trial, s) - data
+            # the integral of a straight line in the ratio between the two predictions
+            h = noise.log_ratio(s) - noise.log_ratio(t)
+            x = trial + noise.alpha(s) * _phi_2(h) * slope
+        return predict(x, times[-1])
+
+
+class Ancestral:
+    """First-order reverse SDE (ancestral sampling): fresh noise at every step."""
+
+    def __init__(self, evaluations: int = 500) -> None:
+        self.evaluations = as_count("evaluations", evaluations, 2)
+
+    def __repr__(self) -> str:
+        return f"Ancestral(evaluations={self.evaluations})"
+
+    def __call__(
+        self, eps: BoundScore, noise: VPSchedule, x_1: Tensor, normal: NormalDraw
+    ) -> Tensor:
+        """Standardised frames (B, *event), random given `x_1`."""
+        times = torch.linspace(1, 0, self.evaluations, device=x_1.device)
+        x = x_1
+        for i, t in enumerate(times):
+            alpha, sigma = noise.alpha(t), noise.sigma(t)
+            data = (x - sigma * eps(x, t)) / alpha
+            if i + 1 == len(times):
+                return data
+            s = times[i + 1]
+            shrink = torch.exp(-(noise.log_ratio(s) - noise.log_ratio(t)))
+            spread = noise.sigma(s) * torch.sqrt(1 - shrink**2)
+            kept = noise.sigma(s) / sigma * shrink
+            x = kept * x + noise.alpha(s) * (1 - shrink**2) * data + spread * normal(x)
+        raise AssertionError("unreachable: the loop returns")
+
+
+def _multistep(x: Tensor, past: list[Tensor], noise: VPSchedule, t: Tensor, s: Tensor) -> Tensor:
+    """One exponential Adams-Bashforth step from t to s; equal steps in the ratio."""
+    h = noise.log_ratio(s) - noise.log_ratio(t)
+    step = (noise.sigma(s) / noise.sigma(t)) * x - noise.alpha(s) * torch.expm1(-h) * past[0]
+    if len(past) == 2:
+        step = step + noise.alpha(s) * _phi_2(h) * (past[0] - past[1])
+    if len(past) == 3:
+        first = 1.5 * past[0] - 2 * past[1] + 0.5 * past[2]
+        second = past[0] - 2 * past[1] + past[2]
+        step = step + noise.alpha(s) * (_phi_2(h) * first + _phi_3(h) * second)
+    return step
+
+
+def _phi_2(h: Tensor) -> Tensor:
+    """e^-h times the integral of e^u u / h du over [0, h]."""
+    return 1 + torch.expm1(-h) / h
+
+
+def _phi_3(h: Tensor) -> Tensor:
+    """e^-h times the integral of e^u (u / h)^2 / 2 du over [0, h]."""
+    return 0.5 - _phi_2(h) / h
+
+
+def standard_normal_quantiles(n: int, device: torch.device | str = "cpu") -> Tensor:
+    """Midpoint quantiles of N(0, 1), shape (n, 1): noise-free quadrature in one dimension."""
+    u = (torch.arange(n, device=device, dtype=torch.float64) + 0.5) / n
+    return (math.sqrt(2) * torch.erfinv(2 * u - 1)).float()[:, None]
