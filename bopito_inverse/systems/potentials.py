@@ -52,9 +52,9 @@ class Potential1D:
         steps_per_frame: int = 100,
         name: str | None = None,
     ) -> None:
-        low, high = map(float, bounds)
-        if not (np.isfinite([low, high]).all() and low < high):
+        if len(bounds) != 2 or not (np.isfinite(bounds).all() and bounds[0] < bounds[1]):
             raise ValueError(f"bounds must be two increasing finite numbers, got {bounds}")
+        low, high = float(bounds[0]), float(bounds[1])
         self.bounds = (low, high)
         self.kT = as_positive("kT", kT)
         self.friction = as_positive("friction", friction)
@@ -89,8 +89,8 @@ class Potential1D:
         x = np.asarray(x, dtype=np.float64)
         try:
             value = np.asarray(self._energy(x), dtype=np.float64)
-        except TypeError:  # torch functions refuse numpy arrays
-            value = np.asarray(self._energy(torch.from_numpy(x)), dtype=np.float64)
+        except (TypeError, AttributeError):  # made of torch functions or methods
+            value = torch.as_tensor(self._energy(torch.from_numpy(x))).detach().double().numpy()
         if value.shape != x.shape or not np.isfinite(value).all():
             raise ValueError(
                 f"energy must return one finite value for each x in {self.bounds}, got shape "
@@ -132,7 +132,7 @@ class DoubleWell(Potential1D):
         time_step: float = 1e-3,
         steps_per_frame: int = 50,
     ) -> None:
-        width = np.sqrt(1 + np.sqrt(25 * kT / a))
+        width = np.sqrt(1 + np.sqrt(25 * as_positive("kT", kT) / as_positive("a", a)))
         super().__init__(
             lambda x: a * (x**2 - 1) ** 2 + b * x,
             bounds=(-width, width),
@@ -183,7 +183,7 @@ class OrnsteinUhlenbeck(Potential1D):
         steps_per_frame: int = 50,
     ) -> None:
         self.stiffness = as_positive("stiffness", stiffness)
-        width = 7 * np.sqrt(kT / stiffness)
+        width = 7 * np.sqrt(as_positive("kT", kT) / stiffness)
         super().__init__(
             lambda x: 0.5 * stiffness * x**2,
             bounds=(-width, width),
