@@ -4,8 +4,8 @@ Overdamped Langevin dynamics is discretised as jumps between neighbouring grid p
 
     q(i -> i +- 1) = (D / h^2) exp(-(U(i +- 1) - U(i)) / 2 kT),
 
-which obey detailed balance with the Boltzmann distribution mu exactly. Scaling by sqrt(mu) makes the
-generator a symmetric tridiagonal matrix, Q = -V diag(kappa) V^T; everything follows from its
+which obey detailed balance with the Boltzmann distribution mu exactly. Scaling by sqrt(mu) makes
+the generator a symmetric tridiagonal matrix, Q = -V diag(kappa) V^T; everything follows from its
 eigenpairs: T(N) = exp(N frame_time Q), implied timescales 1 / (kappa frame_time), densities,
 correlations at any real lag N, and, by convolving exact densities with the noise of a schedule,
 the exact scores that a perfect network would have.
@@ -25,6 +25,7 @@ from bopito_inverse.systems.potentials import Potential1D
 
 Observable = Callable[[Tensor], Tensor]
 LOG_DENSITY_FLOOR = -80.0
+LAGS_KEPT = 32  # an exact score remembers the densities of this many lags
 
 
 class TransferOperator:
@@ -39,9 +40,6 @@ class TransferOperator:
     Attributes:
         grid: (G,) grid points.
         stationary: (G,) density of the Boltzmann distribution mu at the grid points.
-        eigenvalues: (G,) eigenvalues of T(1 frame), decreasing, from 1.
-        eigenfunctions: (G, G) right eigenfunctions in columns, orthonormal under mu.
-        timescales: (G - 1,) implied timescales -1 / log(eigenvalue), in frames, slowest first.
 
     >>> from bopito_inverse.systems import Prinz
     >>> TransferOperator(Prinz()).timescales[:3].round(1)
@@ -67,9 +65,10 @@ class TransferOperator:
         if barrier is not None:
             coupling[np.searchsorted(self.grid, barrier) - 1] = 0.0
         half_step = np.exp(-np.diff(u) / 2)
+        self._up, self._down = coupling * half_step, coupling / half_step
         outflow = np.zeros(len(u))
-        outflow[:-1] += coupling * half_step
-        outflow[1:] += coupling / half_step
+        outflow[:-1] += self._up
+        outflow[1:] += self._down
         kappa, vectors = eigh_tridiagonal(-outflow, coupling)
         order = np.argsort(kappa)[::-1]
         self._rates = np.clip(-kappa[order], 0, None) * system.frame_time  # per frame
@@ -79,15 +78,18 @@ class TransferOperator:
 
     @property
     def eigenvalues(self) -> np.ndarray:
+        """Eigenvalues of T(1 frame), shape (G,), decreasing, from 1."""
         return np.exp(-self._rates)
 
     @property
     def timescales(self) -> np.ndarray:
+        """Implied timescales in frames, shape (G - 1,), slowest first; inf across a barrier."""
         with np.errstate(divide="ignore"):
             return 1 / self._rates[1:]
 
     @property
     def eigenfunctions(self) -> np.ndarray:
+        """Right eigenfunctions in columns, shape (G, G), orthonormal under mu."""
         return self._vectors / self._sqrt_mu[:, None]
 
     def transition_density(self, lag: float) -> np.ndarray:
@@ -163,6 +165,11 @@ class TransferOperator:
         matrix = np.clip(symmetric * (self._sqrt_mu / self._sqrt_mu[:, None]), 0, None)
         return matrix / matrix.sum(axis=1, keepdims=True)
 
+    def _transition_slope(self, matrix: np.ndarray) -> np.ndarray:
+        """Derivative of T(lag) in the lag, T(lag) Q, by the flux between neighbours."""
+        flux = matrix[:, :-1] * self._up - matrix[:, 1:] * self._down
+        return -np.diff(flux, axis=1, prepend=0.0, append=0.0) * self.system.frame_time
+
     def _on_grid(self, name: str, f: Observable | np.ndarray) -> np.ndarray:
         if callable(f):
             f = np.asarray(f(torch.from_numpy(self.grid)[:, None]), dtype=np.float64)
@@ -186,6 +193,7 @@ class _ExactScore(nn.Module):
         self.noise = noise
         self.scaling = Scaling()
         self.register_buffer("grid", torch.as_tensor(operator.grid, dtype=torch.float32))
+        self.register_buffer("rates", torch.as_tensor(operator._rates, dtype=torch.float32))
 
     def _eps(self, x_t: Tensor, t: Tensor, log_density: Tensor) -> Tensor:
         """(x_t - alpha E[x | x_t]) / sigma, for `log_density` (G,) or (B, G)."""
@@ -222,7 +230,7 @@ class ExactDynamicScore(_ExactScore):
             raise ValueError(f"lambda_hat must lie in (0, 1), got {lambda_hat}")
         self.s_eq = s_eq
         self.lambda_hat = float(lambda_hat)
-        self._transitions: dict[float, Tensor] = {}
+        self._known: dict[float, Tensor] = {}
 
     def forward(self, x_t: Tensor, t: Tensor, x_0: Tensor, lag: Tensor) -> Tensor:
         """Predicted noise, shape of `x_t`, (B, 1); `lag` in frames, () or (B,), any real > 0."""
@@ -231,7 +239,7 @@ class ExactDynamicScore(_ExactScore):
     def bind(self, x_0: Tensor, lag: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """The score as a function of (x_t, t), with the densities of `x_0` looked up once."""
         log_density = self._conditional(x_0, lag)
-        decay = (self.lambda_hat**lag).reshape(-1, 1)
+        decay = (self.lambda_hat**lag).reshape(-1, 1).clamp_min(1e-30)
 
         def eps_dyn(x_t: Tensor, t: Tensor) -> Tensor:
             return (self._eps(x_t, t, log_density) - self.s_eq(x_t, t)) / decay
@@ -239,24 +247,38 @@ class ExactDynamicScore(_ExactScore):
         return eps_dyn
 
     def _conditional(self, x_0: Tensor, lag: Tensor) -> Tensor:
-        """log p(. | x_0, lag) on the grid, shape (B, G), linear in x_0 between grid points."""
-        position = (x_0[:, 0] - self.grid[0]) / self.operator.spacing
-        cell = position.detach().clamp(0, len(self.grid) - 2).long()
-        fraction = (position - cell).clamp(0, 1)[:, None]
-        if self.operator.barrier is not None:  # do not mix rows from the two sides of the barrier
-            edge = int(np.searchsorted(self.operator.grid, self.operator.barrier)) - 1
-            side = (x_0 >= self.operator.barrier).to(fraction.dtype)
-            fraction = torch.where((cell == edge)[:, None], side, fraction)
-        density = torch.zeros(len(x_0), len(self.grid), device=x_0.device)
-        lags = lag.expand(len(x_0))
-        for value in lag.unique():
-            rows = (lags == value).nonzero()[:, 0]
-            matrix = self._matrix(float(value)).to(x_0.device)
-            density[rows] = torch.lerp(matrix[cell[rows]], matrix[cell[rows] + 1], fraction[rows])
+        """log p(. | x_0, lag) on the grid, (B, G), linear in x_0 between grid points."""
+        cell, fraction = self._locate(x_0[:, 0])
+        rows = self.grid.new_empty(2, len(x_0), len(self.grid))
+        lags = lag.detach().expand(len(x_0))
+        for value in lags.unique().tolist():
+            at = lags == value
+            tables, c = self._tables(value), cell[at]
+            rows[:, at] = torch.lerp(tables[:, c], tables[:, c + 1], fraction[at, None])
+        density, slope = rows
+        density = density + (lag - lag.detach()).reshape(-1, 1) * slope  # carries the derivative
         return density.clamp_min(np.exp(LOG_DENSITY_FLOOR)).log()
 
-    def _matrix(self, lag: float) -> Tensor:
-        if lag not in self._transitions:
+    def _locate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cell of each x and position there, in [0, 1]; the sides of a barrier do not mix."""
+        position = (x - self.grid[0]) / self.operator.spacing
+        cell = position.detach().clamp(0, len(self.grid) - 2).long()
+        fraction = (position - cell).clamp(0, 1)
+        if self.operator.barrier is not None:
+            edge = int(np.searchsorted(self.operator.grid, self.operator.barrier)) - 1
+            above = x >= self.operator.barrier
+            cell = torch.where(above, cell.clamp(min=edge), cell.clamp(max=edge))
+            fraction = torch.where(cell == edge, above.to(fraction.dtype), fraction)
+        return cell, fraction
+
+    def _tables(self, lag: float) -> Tensor:
+        """The transition density at `lag` and its derivative in the lag, shape (2, G, G)."""
+        known = self._known.pop(lag, None)
+        if known is None:
+            if len(self._known) == LAGS_KEPT:
+                self._known.pop(next(iter(self._known)))
             density = self.operator.transition_density(lag)
-            self._transitions[lag] = torch.as_tensor(density, dtype=torch.float32)
-        return self._transitions[lag]
+            both = np.stack([density, self.operator._transition_slope(density)])
+            known = torch.from_numpy(both)
+        self._known[lag] = known.to(self.grid)
+        return self._known[lag]
