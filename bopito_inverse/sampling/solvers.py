@@ -1,9 +1,9 @@
 r"""Solvers that turn noise into frames by integrating the reverse diffusion.
 
-Every solver visits n + 1 log signal-to-noise ratios r = log alpha / sigma, from t = 1 to t = 0, calls
-the score once at each of them but for extra stages, and returns the data prediction
-(x_t - sigma eps) / alpha of the last call. The probability-flow ODE, written for the data prediction
-D(x_t, t) between two ratios r < s, is
+Every solver visits n + 1 log signal-to-noise ratios r = log alpha / sigma, from t = 1 to t = 0,
+calls the score once at each of them but for extra stages, and returns the data prediction
+D(x_t, t) = (x_t - sigma eps) / alpha of the last call. The probability-flow ODE, written for D
+between two ratios r < s, is
 
     x_s = (sigma_s / sigma_r) x_r + sigma_s \int_r^s e^u D(u) du,
 
@@ -13,6 +13,7 @@ No solver disables autograd: the caller chooses.
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -67,16 +68,13 @@ class DPMSolver:
         self, eps: BoundScore, noise: VPSchedule, x_1: Tensor, normal: NormalDraw
     ) -> Tensor:
         """Standardised frames (B, *event); deterministic given `x_1`."""
-        times = torch.linspace(1, 0, self.evaluations, device=x_1.device)
-        x, past = x_1, []
-        for i, t in enumerate(times):
-            alpha, sigma = noise.alpha(t), noise.sigma(t)
-            data = (x - sigma * eps(x, t)) / alpha
-            if i + 1 == len(times):
-                return data
-            past = [data, *past][: self.order]
-            x = _multistep(x, past, noise, t, times[i + 1])
-        raise AssertionError("unreachable: the loop returns")
+        times = _times(self.evaluations, x_1)
+        x: Tensor = x_1
+        past: list[Tensor] = []
+        for t, s in pairwise(times):
+            past = [_data(eps, noise, x, t), *past][: self.order]
+            x = _multistep(x, past, noise, t, s)
+        return _data(eps, noise, x, times[-1])
 
 
 class Heun:
@@ -94,20 +92,16 @@ class Heun:
         self, eps: BoundScore, noise: VPSchedule, x_1: Tensor, normal: NormalDraw
     ) -> Tensor:
         """Standardised frames (B, *event); deterministic given `x_1`."""
-        times = torch.linspace(1, 0, (self.evaluations + 1) // 2, device=x_1.device)
-
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            return (x - noise.sigma(t) * eps(x, t)) / noise.alpha(t)
-
+        times = _times((self.evaluations + 1) // 2, x_1)
         x = x_1
-        for t, s in zip(times[:-1], times[1:], strict=True):
-            data = predict(x, t)
+        for t, s in pairwise(times):
+            data = _data(eps, noise, x, t)
             trial = _multistep(x, [data], noise, t, s)
-            slope = predict(trial, s) - data
+            slope = _data(eps, noise, trial, s) - data
             # the integral of a straight line in the ratio between the two predictions
             h = noise.log_ratio(s) - noise.log_ratio(t)
             x = trial + noise.alpha(s) * _phi_2(h) * slope
-        return predict(x, times[-1])
+        return _data(eps, noise, x, times[-1])
 
 
 class Ancestral:
@@ -123,19 +117,25 @@ class Ancestral:
         self, eps: BoundScore, noise: VPSchedule, x_1: Tensor, normal: NormalDraw
     ) -> Tensor:
         """Standardised frames (B, *event), random given `x_1`."""
-        times = torch.linspace(1, 0, self.evaluations, device=x_1.device)
+        times = _times(self.evaluations, x_1)
         x = x_1
-        for i, t in enumerate(times):
-            alpha, sigma = noise.alpha(t), noise.sigma(t)
-            data = (x - sigma * eps(x, t)) / alpha
-            if i + 1 == len(times):
-                return data
-            s = times[i + 1]
-            shrink = torch.exp(-(noise.log_ratio(s) - noise.log_ratio(t)))
+        for t, s in pairwise(times):
+            data = _data(eps, noise, x, t)
+            shrink = torch.exp(noise.log_ratio(t) - noise.log_ratio(s))
             spread = noise.sigma(s) * torch.sqrt(1 - shrink**2)
-            kept = noise.sigma(s) / sigma * shrink
+            kept = noise.sigma(s) / noise.sigma(t) * shrink
             x = kept * x + noise.alpha(s) * (1 - shrink**2) * data + spread * normal(x)
-        raise AssertionError("unreachable: the loop returns")
+        return _data(eps, noise, x, times[-1])
+
+
+def _times(n: int, x: Tensor) -> list[Tensor]:
+    """Times from 1 to 0, equal steps in the ratio, in the precision of `x`."""
+    return list(torch.linspace(1, 0, n, device=x.device, dtype=x.dtype))
+
+
+def _data(eps: BoundScore, noise: VPSchedule, x: Tensor, t: Tensor) -> Tensor:
+    """Data prediction D(x, t) = (x - sigma eps) / alpha."""
+    return (x - noise.sigma(t) * eps(x, t)) / noise.alpha(t)
 
 
 def _multistep(x: Tensor, past: list[Tensor], noise: VPSchedule, t: Tensor, s: Tensor) -> Tensor:
