@@ -29,7 +29,7 @@ class Normal:
         antithetic: the second half of each set of replicas gets minus the numbers of the first
             half, which cancels the odd part of the Monte Carlo error.
         copies: the batch holds this many copies of the same replicas (for example at several
-            n_int), and all copies get the same numbers.
+            n_int), one after the other, and all copies get the same numbers.
     """
 
     def __init__(
@@ -41,7 +41,12 @@ class Normal:
 
     def __call__(self, like: Tensor) -> Tensor:
         """Numbers shaped like the argument, (B, *event)."""
-        n = len(like) // (self.copies * (2 if self.antithetic else 1))
+        n, rest = divmod(len(like), self.copies * (2 if self.antithetic else 1))
+        if rest:
+            raise ValueError(
+                f"a batch of {len(like)} cannot be split into copies={self.copies}"
+                f"{' of antithetic pairs' if self.antithetic else ''}"
+            )
         z = torch.randn(
             n, *like.shape[1:], generator=self.generator, device=like.device, dtype=like.dtype
         )
@@ -108,13 +113,13 @@ class Propagate:
 
     def bind(self, model: nn.Module, x_0: Tensor, n_int: Tensor) -> BoundScore:
         """The score of the trained model."""
-        trained = getattr(model, "bopito", model)
+        trained = model.bopito if isinstance(model, Interpolator) else model
         lag_max = getattr(trained, "lag_max", None)
         if lag_max is not None and self.lag > lag_max:
             raise ValueError(
                 f"lag of Propagate must be at most lag_max ({lag_max}), got {self.lag}"
             )
-        return trained.bind(x_0, torch.as_tensor(self.lag, device=x_0.device))
+        return trained.bind(x_0, torch.as_tensor(self.lag, device=x_0.device))  # type: ignore[operator]
 
 
 class Rollout:

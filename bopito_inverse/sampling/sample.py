@@ -8,6 +8,7 @@ sampling was interrupted or not.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,16 +24,17 @@ from bopito_inverse.arguments import (
     as_device,
     as_frames,
     as_generator,
+    as_positive,
 )
 from bopito_inverse.datasets import Array, Trajectories, write_npz
-from bopito_inverse.sampling.rollout import Normal, Rollout, _as_n_int
+from bopito_inverse.sampling.rollout import Interpolate, Normal, Rollout, _as_n_int
 
 BATCH_SIZE = {"cpu": 4096, "cuda": 65536}
 BLOCK_FRAMES = 500_000
 
 
 class _Block(NamedTuple):
-    index: int
+    stream: int
     rows: slice
     first: int
     last: int
@@ -41,9 +43,10 @@ class _Block(NamedTuple):
 def sample(
     model: nn.Module,
     step: Rollout,
-    n_int: float | Tensor = float("inf"),
-    starts: Array | None = None,
-    n_steps: int = 1,
+    *,
+    starts: Array,
+    n_steps: int,
+    n_int: float | Tensor | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     frame_time: float = 1.0,
@@ -57,12 +60,14 @@ def sample(
     Args:
         model: an `Interpolator`, or a conditional score where all moves are `Propagate`.
         step: the composite step.
-        n_int: interpolation parameter, one number (inf allowed) or one per trajectory.
         starts: first frames (n_trajectories, *event), in data units.
         n_steps: composite steps per trajectory.
+        n_int: interpolation parameter, one number (inf allowed) or one per trajectory; needed
+            unless the moves fix it.
         seed: integer.
         out: `.npz` file to write instead of returning the frames. Memory stays bounded, and a
-            call that was killed goes on where it stopped when it is made again.
+            call that was killed goes on where it stopped when it is made again. A finished file
+            is replaced, once its successor is complete.
         frame_time: physical time of one frame of the training data; the frames of the result are
             `step.step_lag` times as far apart.
         system: name of the system, stored in the result.
@@ -74,23 +79,30 @@ def sample(
         `Trajectories` of `n_steps + 1` frames, the starts first; None where `out` is given.
 
     Raises:
-        ValueError: starts of the wrong shape or not finite, n_int not positive, or `out` is the
+        ValueError: starts of the wrong shape or not finite, n_int missing or not positive, or `out` is the
             unfinished file of another run.
+
+    >>> import bopito_inverse as bi
+    >>> exact = bi.systems.TransferOperator(bi.systems.Prinz(), grid_size=200)
+    >>> s_eq = exact.equilibrium_score()
+    >>> bopito = bi.models.BoPITOScore(s_eq, exact.dynamic_score(s_eq, 0.99), 0.99, lag_max=50)
+    >>> step = Rollout([bi.sampling.Interpolate(), bi.sampling.Propagate(50)], step_lag=100)
+    >>> sample(bi.Interpolator(bopito), step, n_int=80, starts=[[0.7], [-0.7]], n_steps=3)
+    Trajectories(2 trajectories, 8 frames of shape (1,), frame_time=100, system=None)
     """
     target = as_device(device)
-    if starts is None:
-        raise ValueError("starts must be given: frames of shape (n_trajectories, *event)")
     first = as_frames("starts", starts, model.event_shape)  # type: ignore[arg-type]
-    n = _per_trajectory(n_int, len(first))
+    n = _per_trajectory(n_int, len(first), step)
     n_steps = as_count("n_steps", n_steps)
-    batch = as_count("batch_size", batch_size or BATCH_SIZE[target.type])
+    seed = as_count("seed", seed, 0)
+    batch = BATCH_SIZE[target.type] if batch_size is None else as_count("batch_size", batch_size)
     blocks = _blocks(len(first), n_steps, batch)
-    interval = frame_time * step.step_lag
+    interval = as_positive("frame_time", frame_time) * step.step_lag
     model = model.to(target)
     shape = (len(first), n_steps + 1, *first.shape[1:])
 
     def fill(frames: np.ndarray, block: _Block) -> None:
-        normal = Normal(as_generator(seed, target, block.index))
+        normal = Normal(as_generator(seed, target, block.stream))
         x_0 = torch.from_numpy(np.array(frames[block.rows, block.first])).to(target)
         count = block.last - block.first
         steps = step.frames(model, x_0, n[block.rows].to(target), count, normal)
@@ -104,12 +116,18 @@ def sample(
             for block in _track(blocks, 0, progress):
                 fill(frames, block)
             return Trajectories(torch.from_numpy(frames), interval, system)
-        settings = {"seed": seed, "step": step.config(), "batch": batch, "shape": list(shape)}
-        settings["inputs"] = _digest(first, n, *model.state_dict().values())
+        settings = {
+            "seed": seed,
+            "step": step.config(),
+            "shape": list(shape),
+            "blocks": [batch, len(blocks), target.type],
+            "model": _constants(model),
+            "inputs": _digest(first, n, *model.state_dict().values()),
+        }
         stream = _Stream(Path(out), shape, settings, first)
         for block in _track(blocks, stream.done, progress):
             fill(stream.frames, block)
-            stream.commit(block.index + 1)
+            stream.commit(block.stream + 1)
         stream.finish(interval, system)
     return None
 
@@ -122,6 +140,8 @@ class _Stream:
         self.partial = path.with_name(path.name + ".partial.npy")
         self.state = path.with_name(path.name + ".partial.json")
         self.settings = settings
+        if path.is_dir():
+            raise ValueError(f"out must be a file, got the folder {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
         self.done = self._finished_blocks()
         if self.done is None:
@@ -135,8 +155,11 @@ class _Stream:
     def _finished_blocks(self) -> Any:
         if not (self.state.exists() and self.partial.exists()):
             return None
-        state = json.loads(self.state.read_text())
-        if state["settings"] != json.loads(json.dumps(self.settings)):
+        try:
+            state = json.loads(self.state.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"out: {self.state} is unreadable; delete it to start anew") from error
+        if state.get("settings") != json.loads(json.dumps(self.settings)):
             raise ValueError(
                 f"out: {self.partial} is the unfinished file of a run with other settings; "
                 "finish that run, or delete the file, or choose another name"
@@ -181,13 +204,24 @@ def _track(blocks: list[_Block], done: int, progress: bool) -> Iterator[_Block]:
             bar.advance(task)
 
 
-def _per_trajectory(n_int: float | Tensor, n: int) -> Tensor:
+def _per_trajectory(n_int: float | Tensor | None, n: int, step: Rollout) -> Tensor:
+    if n_int is None:
+        if any(isinstance(move, Interpolate) and move.n_int is None for move in step.moves):
+            raise ValueError("n_int must be given for the Interpolate move, got None")
+        n_int = math.inf  # not used
     value = torch.as_tensor(n_int, dtype=torch.float32).detach().cpu()
     if value.shape not in ((), (n,)):
         raise ValueError(f"n_int must be one number or {n}, got shape {tuple(value.shape)}")
     if not (value > 0).all():
         _as_n_int(float(value.flatten()[~(value.flatten() > 0)][0]))
     return value.expand(n)
+
+
+def _constants(model: nn.Module) -> dict[str, Any]:
+    """What a model depends on beside its parameters and buffers."""
+    names = ("lambda_hat", "lag_max")
+    constants = {name: getattr(model, name, None) for name in names}
+    return constants | {"class": type(model).__name__, "noise": model.noise.config()}  # type: ignore[operator, union-attr]
 
 
 def _digest(*tensors: Tensor) -> str:
