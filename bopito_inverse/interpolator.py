@@ -1,14 +1,14 @@
 r"""The interpolator: one continuous family of scores between the data and equilibrium.
 
-    eps(x_t, t | x_0, n) = eps_eq(x_t, t) + lambda_hat^n eps_dyn(x_t, t | x_0, min(n, N_max)),    n > 0.
+    eps(x_t, t | x_0, n) = eps_eq(x_t, t) + lambda_hat^n eps_dyn(x_t, t | x_0, min(n, N_max))
 
-Above N_max only the weight of the dynamic score changes (Viguera Diez et al., arXiv 2410.10605,
-eq. 11), by the identifiable coordinate w = lambda_hat^(n - N_max):
+for n > 0. Above N_max only the weight of the dynamic score changes (Viguera Diez et al., arXiv
+2410.10605, eq. 11), by the identifiable coordinate w = lambda_hat^(n - N_max):
 
     eps(n) = (1 - w) eps_eq + w eps_BoPITO(N_max).
 
-At n = N_max this is the trained model at its longest lag, at n = inf it is equilibrium. Below N_max it
-is the trained model at a shorter lag, for experiments that are slower than the data.
+At n = N_max this is the trained model at its longest lag, at n = inf it is equilibrium. Below N_max
+it is the trained model at a shorter lag, for experiments that are slower than the data.
 """
 
 import math
@@ -67,6 +67,7 @@ class Interpolator(nn.Module):
 
     def bind(self, x_0: Tensor, n_int: Tensor) -> BoundScore:
         """Eps as a function of (x_t, t), for `n_int` > 0 of shape () or (B,), which may be inf."""
+        n_int = n_int.to(x_0.dtype)
         lag = n_int.clamp(max=self.lag_max)
         return self.bopito.bind(x_0, lag, decay=self.bopito.decay(n_int))
 

@@ -4,9 +4,9 @@ Frames x are standardised, y = (x - mean) / scale, and noised with a variance-pr
 
     x_t = alpha(t) y + sigma(t) eps,    alpha^2 + sigma^2 = 1,    eps ~ N(0, I),    t in [0, 1],
 
-in which the log signal-to-noise ratio, log alpha(t) / sigma(t), falls linearly from `start` at t = 0
-(data) to `end` at t = 1 (noise). A linear ratio spends equal effort on every scale of the density,
-and solvers of exponential-integrator type take their natural, equal steps in it.
+in which the log signal-to-noise ratio, log alpha(t) / sigma(t), falls linearly from `start` at
+t = 0 (data) to `end` at t = 1 (noise). A linear ratio spends equal effort on every scale of the
+density, and solvers of exponential-integrator type take their natural, equal steps in it.
 """
 
 import math

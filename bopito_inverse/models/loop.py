@@ -1,7 +1,15 @@
-"""The training loop, by Lightning: optimiser, moving average, log, progress, resume after a kill."""
+"""The training loop, by Lightning: optimiser, moving average, log, progress, resume after a kill.
 
+A folder keeps the run: `settings.json` says which run it is, `metrics.csv` has its loss and
+`last.ckpt` its state. Called again with the same settings, a run that was killed goes on from there
+to the same parameters, bit for bit, as one that was not, and a finished run is not repeated.
+"""
+
+import json
 import logging
 import math
+import os
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,8 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
@@ -22,6 +38,7 @@ if TYPE_CHECKING:
     from bopito_inverse.models.train import TrainingConfig
 
 LOG_EVERY = 50
+TITLES = {"EquilibriumScore": "s_eq", "BoPITOScore": "BoPITO", "ITOScore": "ITO"}
 Loss = Callable[[nn.Module, torch.Generator], Tensor]
 
 
@@ -37,11 +54,7 @@ class _Training(pl.LightningModule):
         self.seed = seed
 
     def training_step(self, batch: Any, index: int) -> Tensor:
-        generator = as_generator(self.seed, self.device, self.global_step)
-        loss = self.loss(self.score, generator)
-        if self.global_step % LOG_EVERY == 0:
-            self.log("loss", loss.detach(), prog_bar=True)
-        return loss
+        return self.loss(self.score, as_generator(self.seed, self.device, self.global_step))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -60,7 +73,94 @@ class _Training(pl.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(range(self.config.steps), batch_size=None)  # type: ignore[arg-type]
+        own = torch.Generator()  # otherwise the loader draws from the global one
+        return DataLoader(range(self.config.steps), batch_size=None, generator=own)  # type: ignore[arg-type]
+
+
+class _Keeper(pl.Callback):
+    """Keeps the state every so many steps and at the end."""
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path = path
+        self.every = every
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            trainer.save_checkpoint(self.path)
+
+
+class _LossLog(pl.Callback):
+    """Appends `step,loss` to a CSV file; a resumed run repeats no row and loses none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.last = -1
+
+    def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        content = self.path.read_bytes() if self.path.exists() else b""
+        complete = content[: content.rfind(b"\n") + 1]
+        if not complete:
+            self.path.write_bytes(b"step,loss\n")
+        elif complete != content:  # a kill may leave half a row
+            os.truncate(self.path, len(complete))
+        rows = complete.splitlines()[1:]
+        self.last = int(rows[-1].split(b",")[0]) if rows else -1
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *args: Any
+    ) -> None:
+        step = trainer.global_step - 1
+        if step % LOG_EVERY == 0 and step > self.last:
+            with self.path.open("a") as file:
+                file.write(f"{step},{float(outputs['loss']):.6g}\n")
+
+
+class _Bar(pl.Callback):
+    """Steps, times and the loss, which leaves the device only once in `LOG_EVERY` steps."""
+
+    def __init__(self, title: str) -> None:
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self.progress = Progress(
+            TextColumn("{task.description}"), *columns, TextColumn("{task.fields[loss]}")
+        )
+        self.title = title
+        self.task = TaskID(0)
+
+    def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.task = self.progress.add_task(
+            self.title, total=trainer.max_steps, completed=trainer.global_step, loss=""
+        )
+        self.progress.start()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *args: Any
+    ) -> None:
+        step = trainer.global_step
+        shown = {"loss": f"loss {float(outputs['loss']):.4f}"} if step % LOG_EVERY == 1 else {}
+        self.progress.update(self.task, completed=step, **shown)  # type: ignore[arg-type]
+
+    def on_exception(self, *args: Any) -> None:
+        self.progress.stop()
+
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
+        self.progress.stop()
+
+
+class _StateIO(TorchCheckpointIO):
+    """Writes the state complete or not at all, and reads it with nothing unpickled but tensors."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, *args: Any, **kwargs: Any
+    ) -> None:  # type: ignore[override]
+        partial = Path(f"{path}.partial")
+        torch.save(checkpoint, partial)
+        os.replace(partial, path)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path} is no readable state of a training run: {error}") from error
 
 
 def optimise(
@@ -69,16 +169,24 @@ def optimise(
     config: "TrainingConfig",
     seed: int,
     device: torch.device,
-    folder: str | Path | None,
+    folder: Path | None,
     progress: bool,
+    settings: dict[str, Any],
 ) -> Any:
-    """The moving average of `score` after `config.steps` steps, on the CPU, frozen."""
-    s_eq = getattr(score, "s_eq", None)
-    if s_eq is not None:
-        s_eq.requires_grad_(False)
+    """The moving average of `score` after `config.steps` steps, on the CPU, frozen.
+
+    Raises:
+        ValueError: `folder` holds a run with other `settings`.
+    """
+    callbacks: list[pl.Callback] = []
+    state = None
+    if folder is not None:
+        _claim(folder, settings)
+        state = folder / "last.ckpt"
+        callbacks += [_LossLog(folder / "metrics.csv"), _Keeper(state, config.checkpoint_every)]
+    if progress:
+        callbacks.append(_Bar(f"Training {TITLES.get(type(score).__name__, 'score')}"))
     training = _Training(score, loss, config, seed)
-    keeper = _keeper(config, folder)
-    last = None if keeper is None else Path(folder or "") / "last.ckpt"
     with _quiet():
         trainer = pl.Trainer(
             max_steps=config.steps,
@@ -86,32 +194,46 @@ def optimise(
             accelerator="cpu" if device.type == "cpu" else "cuda",
             devices=1 if device.index is None else [device.index],
             gradient_clip_val=config.gradient_clip,
-            callbacks=[c for c in (keeper, _bar(progress)) if c is not None],
-            logger=CSVLogger(folder, name="", version="") if folder is not None else False,
-            log_every_n_steps=LOG_EVERY,
-            enable_progress_bar=progress,
-            enable_checkpointing=keeper is not None,
+            callbacks=callbacks,
+            plugins=[_StateIO()],
+            logger=False,
+            enable_progress_bar=False,
+            enable_checkpointing=False,
             enable_model_summary=False,
         )
-        resume = str(last) if last is not None and last.exists() else None
-        trainer.fit(training, ckpt_path=resume)
+        trainer.fit(training, ckpt_path=state if state is not None and state.exists() else None)
     return training.average.module.cpu().eval().requires_grad_(False)
 
 
-def _keeper(config: "TrainingConfig", folder: str | Path | None) -> ModelCheckpoint | None:
-    if folder is None:
-        return None
-    return ModelCheckpoint(
-        dirpath=folder,
-        filename="last",
-        every_n_train_steps=config.checkpoint_every,
-        save_top_k=1,
-        enable_version_counter=False,
-    )
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of this run into `folder`, or refuse where another run's are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "settings.json"
+    if not path.exists():
+        if (folder / "last.ckpt").exists():
+            raise ValueError(f"folder {folder} holds the state of a run without its settings.json")
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(settings, indent=2) + "\n")
+        os.replace(partial, path)
+        return
+    before, now = _flat(json.loads(path.read_text())), _flat(json.loads(json.dumps(settings)))
+    changed = [key for key in before.keys() | now.keys() if before.get(key) != now.get(key)]
+    if changed:
+        what = ", ".join(f"{k} {before.get(k)} (now {now.get(k)})" for k in sorted(changed))
+        raise ValueError(
+            f"folder {folder} holds a training run with other settings: {what}; "
+            "choose another folder, or delete this one"
+        )
 
 
-def _bar(progress: bool) -> RichProgressBar | None:
-    return RichProgressBar(refresh_rate=10, leave=True) if progress else None
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def _exponential(decay: float) -> Callable:

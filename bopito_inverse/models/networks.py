@@ -1,9 +1,9 @@
 r"""Networks: smooth functions of (x_t, t) or of (x_t, t, x_0, lag).
 
-Frames enter through Fourier features, t through the log signal-to-noise ratio and the lag through its
-logarithm, each with sines and cosines of bounded frequency, so that the output is smooth in all of
-them. What depends on (x_0, lag) alone is computed by `context`, once per move of a rollout, and not at
-every step of the solver.
+Frames enter through Fourier features, t through the log signal-to-noise ratio and the lag through
+its logarithm, each with sines and cosines of bounded frequency, so that the output is smooth in all
+of them. What depends on (x_0, lag) alone is computed by `context`, once per move of a rollout, and
+not at every step of the solver.
 """
 
 import math
@@ -70,6 +70,14 @@ class MLP(nn.Module):
                 nn.Linear(width, width),
             )
 
+    def config(self) -> dict[str, int]:
+        """Sizes, as constructor arguments."""
+        return {
+            "width": self.out.in_features,
+            "depth": len(self.layers),
+            "n_frequencies": len(self.frame.frequencies),
+        }
+
     def context(self, x_0: Tensor, lag: Tensor) -> Tensor:
         """What (x_0, lag) contribute, shape (B, width)."""
         log_lag = self.log_lag(lag.to(x_0.dtype).log().reshape(-1, 1)).expand(len(x_0), -1)
@@ -81,7 +89,7 @@ class MLP(nn.Module):
         h = _shifted(self.embed_frame, self.frame(x_t.flatten(1)), times[0])
         h = silu(h if context is None else h + context)
         for layer, time in zip(self.layers, times[1:], strict=True):
-            h = h + silu(_shifted(layer, h, time))
+            h = h + silu(_shifted(layer, h, time))  # type: ignore[arg-type]
         return self.out(h).reshape(x_t.shape)
 
 

@@ -1,18 +1,19 @@
 r"""Scores, as predictions of the noise eps; the score itself is -eps / sigma(t).
 
-    equilibrium  eps_eq(x_t, t)              = sigma x_t + alpha F(x_t, t)
-    dynamic      eps_dyn(x_t, t | x_0, N)    = alpha F(x_t, t, x_0, N)
-    ITO          eps(x_t, t | x_0, N)        = sigma x_t + alpha F(x_t, t, x_0, N)
-    BoPITO       eps(x_t, t | x_0, N)        = eps_eq(x_t, t) + lambda_hat^N eps_dyn(x_t, t | x_0, N)
+    equilibrium  eps_eq(x_t, t)            = sigma x_t + alpha F(x_t, t)
+    dynamic      eps_dyn(x_t, t | x_0, N)  = alpha F(x_t, t, x_0, N)
+    ITO          eps(x_t, t | x_0, N)      = sigma x_t + alpha F(x_t, t, x_0, N)
+    BoPITO       eps(x_t, t | x_0, N)      = eps_eq(x_t, t) + lambda_hat^N eps_dyn(x_t, t | x_0, N)
 
 (Viguera Diez et al., arXiv 2410.10605, eqs. 8 to 10.) F is the network; written in this way it
-predicts the velocity alpha eps - sigma y of the diffusion, of order one at every noise level, so that
-its error is amplified neither at t = 0 nor at t = 1 (Salimans and Ho, arXiv 2202.00512).
+predicts the velocity alpha eps - sigma y of the diffusion, of order one at every noise level, so
+that its error is amplified neither at t = 0 nor at t = 1 (Salimans and Ho, arXiv 2202.00512).
 
-Shapes: `x_t` and `x_0` are standardised frames (B, *event); `t` and `lag` are () or (B,). `lag` counts
-frames and may be any real number above zero.
+Shapes: `x_t` and `x_0` are standardised frames (B, *event); `t` and `lag` are () or (B,). `lag`
+counts frames and may be any real number above zero.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -52,15 +53,14 @@ class _NetworkScore(nn.Module):
         super().__init__()
         self.event_shape = tuple(event_shape)
         self.noise = noise or VPSchedule()
-        self.scaling = scaling or Scaling(torch.zeros(event_shape).tolist())
-        self.network_config = dict(network or {})
-        self.network = MLP(self.event_shape, self.conditional, **self.network_config)
+        self.scaling = _own(scaling or Scaling(), self.event_shape)
+        self.network = MLP(self.event_shape, self.conditional, **(network or {}))
 
     def config(self) -> dict[str, Any]:
         """All hyperparameters, as plain JSON values; `from_config` rebuilds the score."""
         return {
             "event_shape": list(self.event_shape),
-            "network": self.network_config,
+            "network": self.network.config(),
             "noise": self.noise.config(),
         }
 
@@ -116,6 +116,16 @@ class ITOScore(DynamicScore):
         return eps
 
 
+def _own(scaling: Scaling, event_shape: tuple[int, ...]) -> Scaling:
+    """A copy with one mean per component of a frame."""
+    mean = scaling.mean.cpu()
+    if mean.ndim and tuple(mean.shape) != event_shape:
+        raise ValueError(
+            f"scaling must have a mean of shape () or {event_shape}, got {tuple(mean.shape)}"
+        )
+    return Scaling(mean.expand(event_shape).tolist(), float(scaling.scale))
+
+
 class BoPITOScore(nn.Module):
     """Equilibrium score plus decaying dynamic score.
 
@@ -126,15 +136,16 @@ class BoPITOScore(nn.Module):
         lag_max: longest lag, in frames, that `s_dyn` was trained on.
 
     Raises:
-        ValueError: the two scores differ in event shape, noise schedule or standardisation.
+        ValueError: lambda_hat outside (0, 1), lag_max no whole number above zero, or the two scores
+            differ in event shape, noise schedule or standardisation.
     """
 
     def __init__(self, s_eq: nn.Module, s_dyn: nn.Module, lambda_hat: float, lag_max: int) -> None:
         super().__init__()
         if not 0 < lambda_hat < 1:
             raise ValueError(f"lambda_hat must lie in (0, 1), got {lambda_hat}")
-        if not lag_max >= 1:
-            raise ValueError(f"lag_max must be at least 1 frame, got {lag_max}")
+        if not (math.isfinite(lag_max) and lag_max >= 1 and lag_max == int(lag_max)):
+            raise ValueError(f"lag_max must be a whole number of frames above 0, got {lag_max}")
         for what in ("event_shape", "noise"):
             if getattr(s_eq, what) != getattr(s_dyn, what):
                 raise ValueError(
@@ -161,6 +172,7 @@ class BoPITOScore(nn.Module):
 
     def bind(self, x_0: Tensor, lag: Tensor, decay: Tensor | None = None) -> BoundScore:
         """Eps as a function of (x_t, t); `decay` replaces lambda_hat^lag (see `Interpolator`)."""
+        lag = lag.to(x_0.dtype)
         weight = per_replica(self.decay(lag) if decay is None else decay, x_0)
         eps_dyn = self.s_dyn.bind(x_0, lag)  # type: ignore[operator]
 

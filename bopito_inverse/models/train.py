@@ -4,12 +4,14 @@ A batch of frames y (standardised), noised to x_t = alpha y + sigma eps at rando
 
     L = E |eps - eps_hat(x_t, t | ...)|^2 / alpha(t)^2,
 
-which is the squared error of the velocity alpha eps - sigma y (see `scores`). The equilibrium score
-sees frames drawn by weight, the dynamic scores see lagged pairs with their lag. s_eq is frozen while
-s_dyn trains (Viguera Diez et al., arXiv 2410.10605, algorithm 1). Times t are stratified over the
-batch, and what is returned is the exponential moving average of the parameters.
+which is the squared error of the velocity alpha eps - sigma y (see `scores`). The equilibrium
+score sees frames drawn by weight, the dynamic scores see lagged pairs with their lag. s_eq is
+frozen while s_dyn trains (Viguera Diez et al., arXiv 2410.10605, algorithm 1). Times t are
+stratified over the batch, and what is returned is the exponential moving average of the parameters.
 """
 
+import copy
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from bopito_inverse.arguments import Device, as_count, as_device
+from bopito_inverse.arguments import Device, as_count, as_device, as_frames
 from bopito_inverse.datasets import Array, Frames, LaggedPairs, LagSampling, Trajectories
 from bopito_inverse.models.scores import BoPITOScore, DynamicScore, EquilibriumScore, ITOScore
 from bopito_inverse.noise import Scaling, VPSchedule, per_replica
@@ -31,9 +33,9 @@ class NetworkConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    width: int = Field(128, ge=1)
-    depth: int = Field(3, ge=1)
-    n_frequencies: int = Field(8, ge=1)
+    width: int = Field(default=128, ge=1)
+    depth: int = Field(default=3, ge=1)
+    n_frequencies: int = Field(default=8, ge=1)
 
 
 class TrainingConfig(BaseModel):
@@ -45,14 +47,14 @@ class TrainingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: int = Field(4000, ge=1)
-    batch_size: int = Field(4096, ge=1)
-    learning_rate: float = Field(2e-3, gt=0)
-    warmup: int = Field(100, ge=0)
-    ema_decay: float = Field(0.999, ge=0, lt=1)
-    gradient_clip: float = Field(1.0, gt=0)
+    steps: int = Field(default=4000, ge=1)
+    batch_size: int = Field(default=4096, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    warmup: int = Field(default=100, ge=0)
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    gradient_clip: float = Field(default=1.0, gt=0)
     lag_sampling: LagSampling = "log_uniform"
-    checkpoint_every: int = Field(500, ge=1)
+    checkpoint_every: int = Field(default=500, ge=1)
     network: NetworkConfig = NetworkConfig()
 
 
@@ -73,19 +75,20 @@ def train_equilibrium(
         config: hyperparameters.
         seed: integer; the same seed gives the same score on the same kind of device.
         folder: where the loss is logged (`metrics.csv`) and the state is kept: a run that was
-            killed goes on from there when called again.
+            killed goes on from there when called again, and a finished one is not repeated.
         device: `auto`, `cpu` or `cuda`.
         progress: show a progress bar.
 
     Raises:
-        ValueError: NaN or infinite frames, weights that do not fit, unknown device.
+        ValueError: NaN or infinite frames, weights that do not fit, unknown device, or a folder
+            that holds a run with other settings or data.
     """
     if isinstance(frames, Frames):
         if weights is not None:
             raise ValueError("weights must be None where frames are already weighted Frames")
         data = frames
     else:
-        data = Frames(frames, weights)
+        data = Frames(as_frames("frames", frames), weights)
     target = as_device(device)
     data = data.to(target)
     config = config or TrainingConfig()
@@ -96,7 +99,8 @@ def train_equilibrium(
         x = data.sample(config.batch_size, generator)
         return _velocity_loss(score, x, (), generator)
 
-    return _optimise(score, loss, config, seed, target, folder, progress)
+    source = {"data": _digest(data.x, data.weights)} if folder is not None else {}
+    return _optimise(score, loss, config, seed, target, folder, progress, source)
 
 
 def train_bopito(
@@ -131,7 +135,8 @@ def train_bopito(
         )
     config = config or TrainingConfig()
     s_dyn = _build(DynamicScore, s_eq.event_shape, config, s_eq.noise, s_eq.scaling, seed)
-    bopito = BoPITOScore(s_eq, s_dyn, lambda_hat, lag_max)
+    frozen = copy.deepcopy(s_eq).requires_grad_(False)
+    bopito = BoPITOScore(frozen, s_dyn, lambda_hat, lag_max)
     return _train_on_pairs(bopito, trajectories, lag_max, config, seed, target, folder, progress)
 
 
@@ -170,7 +175,13 @@ def _train_on_pairs(
         x_0 = score.scaling.standardise(x_0)  # type: ignore[union-attr, operator]
         return _velocity_loss(score, x, (x_0, lag), generator)
 
-    return _optimise(score, loss, config, seed, device, folder, progress)
+    source: dict[str, Any] = {"lag_max": lag_max}
+    if folder is not None:
+        source["data"] = _digest(trajectories.frames, trajectories.lengths)
+        if isinstance(score, BoPITOScore):
+            source["lambda_hat"] = score.lambda_hat
+            source["s_eq"] = _digest(*score.s_eq.state_dict().values())
+    return _optimise(score, loss, config, seed, device, folder, progress, source)
 
 
 def _velocity_loss(
@@ -196,9 +207,8 @@ def _build(
 ) -> Any:
     """A score with initial parameters drawn from `seed`, the global random state untouched."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        own = Scaling(scaling.mean.tolist(), float(scaling.scale))
-        return kind(event_shape, config.network.model_dump(), noise, own)
+        torch.default_generator.manual_seed(seed)
+        return kind(event_shape, config.network.model_dump(), noise, scaling)
 
 
 def _scaling_of(frames: Frames) -> Scaling:
@@ -209,6 +219,14 @@ def _scaling_of(frames: Frames) -> Scaling:
     return Scaling(frames.mean().tolist(), scale)
 
 
+def _digest(*tensors: Tensor) -> str:
+    """SHA-256 of the values, by which a folder knows the data of its run."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _optimise(
     score: nn.Module,
     loss: Callable[[nn.Module, torch.Generator], Tensor],
@@ -217,7 +235,12 @@ def _optimise(
     device: torch.device,
     folder: str | Path | None,
     progress: bool,
+    source: dict[str, Any],
 ) -> Any:
+    """What `loop.optimise` makes of `score`; `source` says what it is trained on."""
     from bopito_inverse.models.loop import optimise  # Lightning takes seconds to import
 
-    return optimise(score, loss, config, seed, device, folder, progress)
+    kind, training = type(score).__name__, config.model_dump()
+    settings = {"score": kind, "seed": seed, "training": training, **source}
+    where = None if folder is None else Path(folder)
+    return optimise(score, loss, config, seed, device, where, progress, settings)
