@@ -225,7 +225,6 @@ def test_bad_lags_are_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_stay_on_the_device() -> None:
     cuda = torch.Generator("cuda").manual_seed(0)
     pairs = LaggedPairs(labelled([3, 6]).to("cuda"), 4)

@@ -79,8 +79,8 @@ def sample(
         `Trajectories` of `n_steps + 1` frames, the starts first; None where `out` is given.
 
     Raises:
-        ValueError: starts of the wrong shape or not finite, n_int missing or not positive, or `out` is the
-            unfinished file of another run.
+        ValueError: starts of the wrong shape or not finite, n_int missing or not positive, or
+            `out` is the unfinished file of another run.
 
     >>> import bopito_inverse as bi
     >>> exact = bi.systems.TransferOperator(bi.systems.Prinz(), grid_size=200)

@@ -305,7 +305,6 @@ def test_wrong_trajectories_are_refused(trajectories, lags, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_cuda_agrees_with_cpu(normalization):
     x_0, x_k = replicas(100, torch.Generator().manual_seed(10))

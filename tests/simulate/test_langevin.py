@@ -131,7 +131,6 @@ def test_bad_input_is_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_agrees_with_cpu_in_distribution() -> None:
     system = DoubleWell(a=1.0)
     moments = []
