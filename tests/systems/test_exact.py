@@ -430,7 +430,7 @@ def test_memory_of_an_exact_score_is_bounded() -> None:
         (lambda e: e.dynamic_score(e.equilibrium_score(), 1.0), "lambda_hat must lie in"),
     ],
 )
-def test_bad_input_is_refused_by_name(coarse: TransferOperator, make, message: str) -> None:  # noqa: ANN001
+def test_bad_input_is_refused_by_name(coarse: TransferOperator, make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(coarse)
 
