@@ -25,7 +25,7 @@ class VPSchedule:
             N(0, I): with more signal left, every sample would start from the wrong density.
     """
 
-    def __init__(self, start: float = 4.0, end: float = -4.5) -> None:
+    def __init__(self, start: float = 4.0, end: float = -4.0) -> None:
         if not (math.isfinite(start) and start > 0):
             raise ValueError(f"start must be a positive number, got {start}")
         if not (math.isfinite(end) and end <= -4):

@@ -69,12 +69,13 @@ class DPMSolver:
     ) -> Tensor:
         """Standardised frames (B, *event); deterministic given `x_1`."""
         times = _times(self.evaluations, x_1)
-        x: Tensor = x_1
+        x, data = _start(eps, noise, x_1, times[0])
         past: list[Tensor] = []
         for t, s in pairwise(times):
-            past = [_data(eps, noise, x, t), *past][: self.order]
+            past = [data, *past][: self.order]
             x = _multistep(x, past, noise, t, s)
-        return _data(eps, noise, x, times[-1])
+            data = _data(eps, noise, x, s)
+        return data
 
 
 class Heun:
@@ -93,15 +94,15 @@ class Heun:
     ) -> Tensor:
         """Standardised frames (B, *event); deterministic given `x_1`."""
         times = _times((self.evaluations + 1) // 2, x_1)
-        x = x_1
+        x, data = _start(eps, noise, x_1, times[0])
         for t, s in pairwise(times):
-            data = _data(eps, noise, x, t)
             trial = _multistep(x, [data], noise, t, s)
             slope = _data(eps, noise, trial, s) - data
             # the integral of a straight line in the ratio between the two predictions
             h = noise.log_ratio(s) - noise.log_ratio(t)
             x = trial + noise.alpha(s) * _phi_2(h) * slope
-        return _data(eps, noise, x, times[-1])
+            data = _data(eps, noise, x, s)
+        return data
 
 
 class Ancestral:
@@ -118,14 +119,14 @@ class Ancestral:
     ) -> Tensor:
         """Standardised frames (B, *event), random given `x_1`."""
         times = _times(self.evaluations, x_1)
-        x = x_1
+        x, data = _start(eps, noise, x_1, times[0])
         for t, s in pairwise(times):
-            data = _data(eps, noise, x, t)
             shrink = torch.exp(noise.log_ratio(t) - noise.log_ratio(s))
             spread = noise.sigma(s) * torch.sqrt(1 - shrink**2)
             kept = noise.sigma(s) / noise.sigma(t) * shrink
             x = kept * x + noise.alpha(s) * (1 - shrink**2) * data + spread * normal(x)
-        return _data(eps, noise, x, times[-1])
+            data = _data(eps, noise, x, s)
+        return data
 
 
 def _times(n: int, x: Tensor) -> list[Tensor]:
@@ -136,6 +137,16 @@ def _times(n: int, x: Tensor) -> list[Tensor]:
 def _data(eps: BoundScore, noise: VPSchedule, x: Tensor, t: Tensor) -> Tensor:
     """Data prediction D(x, t) = (x - sigma eps) / alpha."""
     return (x - noise.sigma(t) * eps(x, t)) / noise.alpha(t)
+
+
+def _start(eps: BoundScore, noise: VPSchedule, x_1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The noise `x_1` with the signal that is left at t = 1 added, and the data prediction there.
+
+    The mean of the noised density is alpha E[y], not zero. The first data prediction is E[y] to
+    order alpha, so that adding alpha D leaves an error of order alpha^2, at no cost.
+    """
+    data = _data(eps, noise, x_1, t)
+    return x_1 + noise.alpha(t) * data, data
 
 
 def _multistep(x: Tensor, past: list[Tensor], noise: VPSchedule, t: Tensor, s: Tensor) -> Tensor:

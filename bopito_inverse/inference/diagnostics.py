@@ -1,0 +1,70 @@
+"""Whether a fit may be trusted: a status with a sentence that says what to do."""
+
+import numpy as np
+from scipy.stats import chi2
+
+POOR_FIT = 1e-3
+MONTE_CARLO_LIMIT = 0.5
+EDGE_DENSITY = 0.1
+
+
+class Status(str):
+    """A one-word code (`ok`, `bound`, `poor_fit`, `mc_limited`) with a `message` for people."""
+
+    message: str
+
+    def __new__(cls, code: str, message: str) -> "Status":
+        """A status that compares equal to its code."""
+        status = super().__new__(cls, code)
+        status.message = message
+        return status
+
+
+def judge(
+    u: np.ndarray,
+    density: np.ndarray,
+    limits: tuple[float, float],
+    p_value: float,
+    monte_carlo_share: float,
+) -> Status:
+    """The status of a posterior density on a grid of the coordinate u.
+
+    Args:
+        u: grid (G,).
+        density: posterior density on it (G,).
+        limits: ends of the family, equilibrium at once and the shortest lag.
+        p_value: posterior predictive p-value of the squared residual.
+        monte_carlo_share: part of the posterior variance that more replicas would remove.
+    """
+    peak = density.max()
+    if u[0] <= limits[0] and density[0] > EDGE_DENSITY * peak:
+        return Status(
+            "bound",
+            "the data do not exclude full relaxation in one step (w = 0): read the interval as a "
+            "lower bound on n_int. Measure shorter lags, or take a shorter step_lag",
+        )
+    if u[-1] >= limits[1] and density[-1] > EDGE_DENSITY * peak:
+        return Status(
+            "bound",
+            "the data are slower than the model at its shortest lag: read the interval as a lower "
+            "bound on the timescale. Take a longer step_lag, or check the units of the lags",
+        )
+    if p_value < POOR_FIT:
+        return Status(
+            "poor_fit",
+            f"no n_int explains the data (p = {p_value:.1g}): check sigma, the units of the lags "
+            "and the normalisation, or use another composite step",
+        )
+    if monte_carlo_share > MONTE_CARLO_LIMIT:
+        return Status(
+            "mc_limited",
+            f"{monte_carlo_share:.0%} of the posterior variance is Monte Carlo noise of the "
+            "prediction: raise n_replicas",
+        )
+    return Status("ok", "the posterior is inside the family and the fit explains the data")
+
+
+def p_value(residual: np.ndarray, covariance: np.ndarray) -> float:
+    """Chance of a larger squared residual (L,) under its covariance (L, L), one parameter fitted."""
+    squared = residual @ np.linalg.solve(covariance, residual)
+    return float(chi2.sf(squared, max(len(residual) - 1, 1)))

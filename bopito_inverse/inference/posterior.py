@@ -1,0 +1,81 @@
+r"""The posterior as an ArviZ InferenceData, and its summaries. ArviZ is touched in this file alone."""
+
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # announcement of ArviZ 1.0 at import
+    import arviz as az
+
+HDI_PROB = 0.94
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Posterior summary of one quantity.
+
+    Attributes:
+        mean: posterior mean.
+        sd: posterior standard deviation.
+        hdi_94: shortest interval that holds 94 % of the posterior.
+    """
+
+    mean: float
+    sd: float
+    hdi_94: tuple[float, float]
+
+    def __str__(self) -> str:
+        low, high = self.hdi_94
+        return f"{self.mean:.4g} +- {self.sd:.2g} (94 % HDI {low:.4g} to {high:.4g})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"hdi_94": list(self.hdi_94)}
+
+
+def estimate(draws: np.ndarray) -> Estimate:
+    """Summary of posterior draws (chains, draws)."""
+    low, high = az.hdi(draws.ravel(), hdi_prob=HDI_PROB)
+    return Estimate(float(draws.mean()), float(draws.std()), (float(low), float(high)))
+
+
+def ess_bulk(draws: np.ndarray) -> float:
+    """Bulk effective sample size of posterior draws (chains, draws)."""
+    return float(az.ess(az.convert_to_dataset({"x": draws}), method="bulk")["x"])
+
+
+def inference_data(
+    posterior: dict[str, np.ndarray],
+    posterior_predictive: np.ndarray,
+    log_likelihood: np.ndarray,
+    observed: np.ndarray,
+    constant: dict[str, Any],
+    lags: np.ndarray,
+) -> az.InferenceData:
+    """InferenceData with the groups that ArviZ functions expect.
+
+    Arrays are (chains, draws) or (chains, draws, L); `constant` holds what the fit was given.
+    """
+    return az.from_dict(
+        posterior=posterior,
+        posterior_predictive={"correlation": posterior_predictive},
+        log_likelihood={"correlation": log_likelihood},
+        observed_data={"correlation": observed},
+        constant_data=constant,
+        coords={"lag": lags},
+        dims={"correlation": ["lag"], "prediction": ["lag"], "sigma": ["lag"]},
+    )
+
+
+def write_netcdf(idata: az.InferenceData, path: str | Path) -> None:
+    """Write `posterior.nc`."""
+    idata.to_netcdf(str(path))
+
+
+def read_netcdf(path: str | Path) -> az.InferenceData:
+    """Read what `write_netcdf` wrote."""
+    return az.from_netcdf(str(path))
