@@ -241,6 +241,7 @@ def _optimise(
     from bopito_inverse.models.loop import optimise  # Lightning takes seconds to import
 
     kind, training = type(score).__name__, config.model_dump()
-    settings = {"score": kind, "seed": seed, "training": training, **source}
+    noise = score.noise.config()  # type: ignore[union-attr, operator]
+    settings = {"score": kind, "seed": seed, "noise": noise, "training": training, **source}
     where = None if folder is None else Path(folder)
     return optimise(score, loss, config, seed, device, where, progress, settings)
