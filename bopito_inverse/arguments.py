@@ -78,6 +78,6 @@ def as_positive(name: str, value: float) -> float:
 
 def as_count(name: str, value: int, minimum: int = 1) -> int:
     """A whole number of at least `minimum`."""
-    if value != int(value) or value < minimum:
+    if not math.isfinite(value) or value != int(value) or value < minimum:
         raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value}")
     return int(value)

@@ -65,6 +65,6 @@ def judge(
 
 
 def p_value(residual: np.ndarray, covariance: np.ndarray) -> float:
-    """Chance of a larger squared residual (L,) under its covariance (L, L), one parameter fitted."""
+    """Chance of a larger squared residual (L,) under its covariance, one parameter being fitted."""
     squared = residual @ np.linalg.solve(covariance, residual)
     return float(chi2.sf(squared, max(len(residual) - 1, 1)))

@@ -11,6 +11,7 @@ Monte Carlo covariance of g(u) is S Cov S^T with the full covariance over nodes 
 """
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class Coordinate:
         return np.where(u <= 1, above, self.lag_max * (2 - u))
 
     def from_n_int(self, n: np.ndarray) -> np.ndarray:
-        """U at each n > 0."""
+        """Coordinate u at each n > 0."""
         n = np.asarray(n, dtype=np.float64)
         above = self.lambda_hat ** np.maximum(n - self.lag_max, 0)
         return np.where(n >= self.lag_max, above, 2 - n / self.lag_max)
@@ -73,9 +74,7 @@ class Emulator:
     ) -> None:
         low, high = interval
         edges = [low, 1.0, high] if low < 1 < high else [low, high]
-        self._pieces = [
-            _lobatto(a, b, n_nodes) for a, b in zip(edges[:-1], edges[1:], strict=True)
-        ]
+        self._pieces = [_lobatto(a, b, n_nodes) for a, b in pairwise(edges)]
         self.interval = (low, high)
         self.coordinate = coordinate
         self.nodes = np.unique(np.concatenate(self._pieces))

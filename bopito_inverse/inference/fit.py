@@ -4,9 +4,9 @@ The measurement y at lags k Delta is Gaussian about the k-fold composite step,
 
     y | u ~ N(g(u), Sigma_exp + Sigma_mc(u)),
 
-where Sigma_mc is the Monte Carlo covariance of the prediction itself. A pilot emulator over the whole
-family finds where the posterior is; the final one covers that interval with all replicas; the
-posterior is then exact quadrature over the coordinate u (see `emulator`).
+where Sigma_mc is the Monte Carlo covariance of the prediction itself. A pilot emulator over the
+whole family finds where the posterior is; the final one covers that interval with all replicas;
+the posterior is then exact quadrature over the coordinate u (see `emulator`).
 """
 
 import math
@@ -67,7 +67,7 @@ class FitResult:
     idata: Any
     lag_max: int
     lambda_hat: float
-    step_lag: float
+    step_lag: int
     n_replicas: int
     seed: int
     _emulator: Emulator
@@ -112,8 +112,7 @@ class FitResult:
             raise ValueError(f"lags must be at most {longest:g} (the longest fitted), got {lags}")
         u = self._emulator.coordinate.from_n_int(self.idata.posterior["n_int"].values)
         mean, covariance = self._emulator(u.ravel())
-        columns = np.ix_(range(u.size), steps - 1, steps - 1)
-        noise = _gaussian(covariance[columns], np.random.default_rng([self.seed, 1]))
+        noise = _gaussian(_block(covariance, steps - 1), np.random.default_rng([self.seed, 1]))
         return (mean[:, steps - 1] + noise).reshape(*u.shape, -1)
 
 
@@ -186,10 +185,9 @@ class _Posterior:
         self.emulator, self.exp, self.columns = emulator, exp, steps - 1
         self.u = np.linspace(*emulator.interval, GRID)
         mean, covariance = emulator(self.u)
-        at = np.ix_(range(GRID), self.columns, self.columns)
         self.prediction = mean[:, self.columns]
         self.residual = exp.values - self.prediction
-        self.covariance = exp.covariance + mc_scale * covariance[at]
+        self.covariance = exp.covariance + mc_scale * _block(covariance, self.columns)
         self.log_prior = _log_prior(prior, emulator.coordinate, self.u)
         self.log_density = self.log_prior + _log_normal(self.residual, self.covariance)
         if not np.isfinite(self.log_density).any():
@@ -251,7 +249,7 @@ def _result(
     mean = np.stack([np.interp(u, posterior.u, g) for g in posterior.prediction.T], axis=-1)
     variance = np.diagonal(posterior.covariance, axis1=1, axis2=2)
     sd = np.sqrt(np.stack([np.interp(u, posterior.u, v) for v in variance.T], axis=-1))
-    scalars = {
+    scalars: dict[str, Any] = {
         "lag_max": model.lag_max,
         "lambda_hat": model.lambda_hat,
         "step_lag": step.step_lag,
@@ -266,9 +264,7 @@ def _result(
         weight=estimate(draws["weight"]),
         timescale=estimate(draws["timescale"]),
         map=float(coordinate.n_int(posterior.u[best])),
-        status=judge(
-            posterior.u, posterior.density, (coordinate.low, coordinate.high), p, share
-        ),
+        status=judge(posterior.u, posterior.density, (coordinate.low, coordinate.high), p, share),
         ess_bulk=ess_bulk(u),
         p_value=p,
         monte_carlo_share=share,
@@ -295,8 +291,8 @@ def _given_data(
     compared with the data, so that the residual says something about them.
     """
     mean, covariance = posterior.emulator(u)
-    columns = [*posterior.columns, mean.shape[1] - 1]
-    mean, covariance = mean[:, columns], covariance[np.ix_(range(len(u)), columns, columns)]
+    columns = np.append(posterior.columns, mean.shape[1] - 1)
+    mean, covariance = mean[:, columns], _block(covariance, columns)
     total = posterior.exp.covariance + covariance[:, :-1, :-1]
     gain = np.linalg.solve(total, covariance[:, :-1, :]).transpose(0, 2, 1)  # (n, L + 1, L)
     residual = posterior.exp.values - mean[:, :-1]
@@ -333,6 +329,10 @@ def _gaussian(covariance: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.einsum("nij,nj->ni", vectors, z)
 
 
+def _block(covariance: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Rows and columns of every matrix of (n, M, M)."""
+    return covariance[:, columns[:, None], columns]
+
+
 def _midpoints(values: np.ndarray) -> np.ndarray:
     return (values[1:] + values[:-1]) / 2
-

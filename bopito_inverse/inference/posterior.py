@@ -1,4 +1,4 @@
-r"""The posterior as an ArviZ InferenceData, and its summaries. ArviZ is touched in this file alone."""
+"""The posterior as an ArviZ InferenceData, and its summaries. ArviZ is touched here alone."""
 
 import warnings
 from dataclasses import asdict, dataclass
@@ -6,10 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # announcement of ArviZ 1.0 at import
-    import arviz as az
 
 HDI_PROB = 0.94
 
@@ -39,12 +35,13 @@ class Estimate:
 
 def estimate(draws: np.ndarray) -> Estimate:
     """Summary of posterior draws (chains, draws)."""
-    low, high = az.hdi(draws.ravel(), hdi_prob=HDI_PROB)
+    low, high = _arviz().hdi(draws.ravel(), hdi_prob=HDI_PROB)
     return Estimate(float(draws.mean()), float(draws.std()), (float(low), float(high)))
 
 
 def ess_bulk(draws: np.ndarray) -> float:
     """Bulk effective sample size of posterior draws (chains, draws)."""
+    az = _arviz()
     return float(az.ess(az.convert_to_dataset({"x": draws}), method="bulk")["x"])
 
 
@@ -55,12 +52,12 @@ def inference_data(
     observed: np.ndarray,
     constant: dict[str, Any],
     lags: np.ndarray,
-) -> az.InferenceData:
+) -> Any:
     """InferenceData with the groups that ArviZ functions expect.
 
     Arrays are (chains, draws) or (chains, draws, L); `constant` holds what the fit was given.
     """
-    return az.from_dict(
+    return _arviz().from_dict(
         posterior=posterior,
         posterior_predictive={"correlation": posterior_predictive},
         log_likelihood={"correlation": log_likelihood},
@@ -71,11 +68,19 @@ def inference_data(
     )
 
 
-def write_netcdf(idata: az.InferenceData, path: str | Path) -> None:
+def write_netcdf(idata: Any, path: str | Path) -> None:
     """Write `posterior.nc`."""
     idata.to_netcdf(str(path))
 
 
-def read_netcdf(path: str | Path) -> az.InferenceData:
+def read_netcdf(path: str | Path) -> Any:
     """Read what `write_netcdf` wrote."""
-    return az.from_netcdf(str(path))
+    return _arviz().from_netcdf(str(path))
+
+
+def _arviz() -> Any:
+    """ArviZ, which takes a second to import and announces its next version each time."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import arviz
+    return arviz

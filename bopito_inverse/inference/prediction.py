@@ -2,9 +2,9 @@ r"""What a model predicts for an experiment, at any n_int.
 
     g_k(n_int) = C[a(x_0), b(x_k)],    x_0 ~ mu,    x_k = K(n_int)^k x_0,
 
-by Monte Carlo over replicas. The same starts and the same noise are used at every n_int (common random
-numbers), so that g is a smooth function of n_int, and replicas come in antithetic pairs, with the same
-start and opposite noise.
+by Monte Carlo over replicas. The same starts and the same noise are used at every n_int (common
+random numbers), so that g is a smooth function of n_int, and replicas come in antithetic pairs,
+with the same start and opposite noise.
 """
 
 from collections.abc import Sequence

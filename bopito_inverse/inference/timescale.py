@@ -4,10 +4,10 @@ With hat functions phi of the observables as a basis, the matrices
 
     C_0 = E[phi(x_k) phi(x_k)^T],    C_1 = E[phi(x_k) phi(x_{k+1})^T]
 
-over all steps of all replicas give the Koopman matrix C_0^{-1} C_1 of the step (extended dynamic mode
-decomposition, Williams et al., J. Nonlinear Sci. 25, 1307, 2015). Its eigenvalue closest to one, after
-the constant function's, is lambda_2, and -step_lag / log(lambda_2) is the implied timescale. To first
-order, with left and right eigenvectors u and v, replica r adds
+over all steps of all replicas give the Koopman matrix C_0^{-1} C_1 of the step (extended dynamic
+mode decomposition, Williams et al., J. Nonlinear Sci. 25, 1307, 2015). Its eigenvalue closest to
+one, after that of the constant function, is lambda_2, and -step_lag / log(lambda_2) is the implied
+timescale. To first order, with left and right eigenvectors u and v, replica r adds
 
     u^T (phi_k phi_{k+1}^T - lambda_2 phi_k phi_k^T) v / (u^T C_0 v)
 

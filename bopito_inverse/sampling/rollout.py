@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from bopito_inverse.arguments import as_positive
+from bopito_inverse.arguments import as_count, as_positive
 from bopito_inverse.interpolator import Interpolator
 from bopito_inverse.models.scores import BoundScore
 from bopito_inverse.sampling.solvers import DPMSolver, NormalDraw, Solver
@@ -131,13 +131,11 @@ class Rollout:
         solver: how each move turns noise into a frame.
     """
 
-    def __init__(
-        self, moves: Sequence[Move], step_lag: float, solver: Solver | None = None
-    ) -> None:
+    def __init__(self, moves: Sequence[Move], step_lag: int, solver: Solver | None = None) -> None:
         if not moves:
             raise ValueError("moves must hold at least one move, got none")
         self.moves = tuple(moves)
-        self.step_lag = as_positive("step_lag", step_lag)
+        self.step_lag = as_count("step_lag", step_lag)
         self.solver = solver or DPMSolver()
 
     def __repr__(self) -> str:

@@ -5,12 +5,13 @@ Window k samples `p_k(x) ~ exp(-(U(x) + b_k(x)) / kT)`. Umbrella sampling takes 
     b_k(x) = stiffness_k / 2 (x - c_k)^2
 
 with centres `c_k` along x. The matrix of reduced biases `b_k(x_n) / kT` of every frame in every
-window is all that reweighting needs (see `reweight`).
+window is all that reweighting needs (see `reweight`); files of harmonic windows hold centres and
+stiffnesses instead, and the matrix is computed when they are read.
 """
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -44,6 +45,10 @@ class BiasedSamples:
         n_walkers: walkers in each window.
         system: name of the system that was simulated.
 
+    Attributes:
+        centers, stiffness: of harmonic windows (see `harmonic`), float64 `(n_windows,)`; None
+            where the biases are of another form.
+
     Raises:
         ValueError: shapes that do not fit together, non-finite values, n_walkers that does not
             divide n_frames.
@@ -54,6 +59,8 @@ class BiasedSamples:
     kT: float = 1.0
     n_walkers: int = 1
     system: str | None = None
+    centers: Tensor | None = field(default=None, init=False)
+    stiffness: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.frames = torch.as_tensor(self.frames, dtype=torch.float32)
@@ -88,12 +95,51 @@ class BiasedSamples:
         """All frames in a row, `(n_windows * n_frames, *event)`: what MBAR weights belong to."""
         return self.frames.flatten(0, 1)
 
+    @classmethod
+    def harmonic(
+        cls,
+        frames: Tensor,
+        centers: Tensor,
+        stiffness: Tensor,
+        kT: float = 1.0,
+        n_walkers: int = 1,
+        system: str | None = None,
+    ) -> "BiasedSamples":
+        """Samples of harmonic windows, with their reduced biases.
+
+        Args:
+            frames: frames of one component, `(n_windows, n_frames, 1)`.
+            centers, stiffness: of each window, `(n_windows,)`.
+            kT, n_walkers, system: as in the constructor.
+        """
+        frames = torch.as_tensor(frames, dtype=torch.float32)
+        if frames.ndim != 3 or frames.shape[2] != 1:
+            raise ValueError(
+                f"frames must have shape (n_windows, n_frames, 1), got {tuple(frames.shape)}"
+            )
+        c, k = (
+            _per_window(name, value, frames)
+            for name, value in (("centers", centers), ("stiffness", stiffness))
+        )
+        x = frames.double().flatten()
+        bias = 0.5 * k[:, None] * (x - c[:, None]).square() / as_positive("kT", kT)
+        samples = cls(frames, bias, kT, n_walkers, system)
+        samples.centers, samples.stiffness = c, k
+        return samples
+
     def write(self, path: str | os.PathLike) -> None:
-        """Write `.npz` with one array per field, complete or not at all."""
+        """Write `.npz` with one array per field, complete or not at all.
+
+        Harmonic windows are stored as `centers` and `stiffness`, others as `reduced_bias`.
+        """
+        if self.centers is None or self.stiffness is None:
+            bias = {"reduced_bias": self.reduced_bias}
+        else:
+            bias = {"centers": self.centers, "stiffness": self.stiffness}
         write_npz(
             path,
             frames=self.frames.cpu().numpy(),
-            reduced_bias=self.reduced_bias.cpu().numpy(),
+            **{name: value.cpu().numpy() for name, value in bias.items()},
             kT=np.float64(self.kT),
             n_walkers=np.int64(self.n_walkers),
             system=np.str_(self.system or ""),
@@ -106,14 +152,17 @@ class BiasedSamples:
         Raises:
             ValueError: the file is truncated, foreign, lacks a key or holds bad values.
         """
-        arrays = read_npz(path, ("frames", "reduced_bias", "kT"))
+        arrays = read_npz(path, ("frames", "kT"))
+        harmonic = "centers" in arrays
+        names = ("frames", "centers", "stiffness") if harmonic else ("frames", "reduced_bias")
+        _require(path, arrays, names)
+        make = cls.harmonic if harmonic else cls
         try:
-            return cls(
-                torch.from_numpy(arrays["frames"]),
-                torch.from_numpy(arrays["reduced_bias"]),
-                float(arrays["kT"].item()),
-                int(arrays["n_walkers"].item()) if "n_walkers" in arrays else 1,
-                (str(arrays["system"]) or None) if "system" in arrays else None,
+            return make(
+                *(torch.from_numpy(arrays[name]) for name in names),
+                kT=float(arrays["kT"].item()),
+                n_walkers=int(arrays["n_walkers"].item()) if "n_walkers" in arrays else 1,
+                system=(str(arrays["system"]) or None) if "system" in arrays else None,
             )
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
@@ -157,9 +206,7 @@ def umbrella(
     generator = as_generator(seed, target)
     record(system, centre, frames, generator, bias=lambda x: spring * (centre - x))
     kept = frames[:, 1 + burn_in :].reshape(len(c), n_frames, 1)
-    x = kept.double().flatten()
-    bias = 0.5 * k[:, None] * (x - c[:, None]).square() / system.kT
-    return BiasedSamples(kept, bias, system.kT, n_walkers, system.name)
+    return BiasedSamples.harmonic(kept, c, k, system.kT, n_walkers, system.name)
 
 
 def _as_windows(
@@ -184,6 +231,22 @@ def _as_windows(
             f"{k.max():g}"
         )
     return torch.from_numpy(c), torch.from_numpy(np.broadcast_to(k, c.shape).copy())
+
+
+def _per_window(name: str, value: Tensor, frames: Tensor) -> Tensor:
+    value = torch.as_tensor(value, dtype=torch.float64, device=frames.device)
+    if value.shape != frames.shape[:1] or not torch.isfinite(value).all():
+        raise ValueError(
+            f"{name} must hold one finite number for each of {len(frames)} windows, got shape "
+            f"{tuple(value.shape)}"
+        )
+    return value
+
+
+def _require(path: str | os.PathLike, arrays: dict[str, np.ndarray], names: Sequence[str]) -> None:
+    for name in names:
+        if name not in arrays:
+            raise ValueError(f"{path} has no array {name!r}, only {sorted(arrays)}")
 
 
 def _as_bias(bias: Tensor, n_windows: int, frames: Tensor) -> Tensor:

@@ -234,7 +234,7 @@ def test_interpolate_needs_an_interpolator(full: FullGrid) -> None:
         (lambda: Propagate(0), "lag must be a positive number"),
         (lambda: Propagate(math.inf), "lag must be a positive number"),
         (lambda: Rollout([], 100), "moves must hold at least one move"),
-        (lambda: Rollout([Interpolate()], 0), "step_lag must be a positive number"),
+        (lambda: Rollout([Interpolate()], 0), "step_lag must be a whole number"),
     ],
 )
 def test_bad_input_is_refused_by_name(make, message: str) -> None:

@@ -57,6 +57,36 @@ def test_samples_survive_a_file(tmp_path) -> None:
         BiasedSamples.read(path)
 
 
+def test_harmonic_windows_are_stored_without_the_matrix_of_biases(tmp_path) -> None:
+    path = tmp_path / "umbrella.npz"
+    before = umbrella(system(), np.linspace(-2, 2, 20), 3.0, n_frames=100, burn_in=0)
+    before.write(path)
+    assert path.stat().st_size < 3 * before.frames.numel() * 4 < before.reduced_bias.numel()
+    with np.load(path) as arrays:
+        assert "reduced_bias" not in arrays
+        content = dict(arrays)
+    after = BiasedSamples.read(path)
+    assert torch.equal(before.reduced_bias, after.reduced_bias)
+    assert torch.equal(before.centers, after.centers)
+    np.savez(path, **{k: v for k, v in content.items() if k != "stiffness"})
+    with pytest.raises(ValueError, match=r"umbrella\.npz has no array 'stiffness'"):
+        BiasedSamples.read(path)
+    np.savez(path, **(content | {"centers": np.zeros(3)}))
+    with pytest.raises(ValueError, match=r"umbrella\.npz: centers must hold one finite number"):
+        BiasedSamples.read(path)
+
+
+def test_other_biases_survive_a_file_as_a_matrix(tmp_path) -> None:
+    path = tmp_path / "biased.npz"
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randn(2, 5, 3, generator=generator)
+    bias = torch.randn(2, 10, generator=generator, dtype=torch.float64)
+    BiasedSamples(frames, bias, kT=2.5, system="mine").write(path)
+    after = BiasedSamples.read(path)
+    assert torch.equal(after.reduced_bias, bias)
+    assert after.centers is None
+
+
 def test_bad_samples_are_refused() -> None:
     frames, bias = torch.zeros(2, 6, 1), torch.zeros(2, 12)
     with pytest.raises(ValueError, match="frames must have shape"):
