@@ -10,7 +10,7 @@ stiffnesses instead, and the matrix is computed when they are read.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -156,7 +156,7 @@ class BiasedSamples:
         harmonic = "centers" in arrays
         names = ("frames", "centers", "stiffness") if harmonic else ("frames", "reduced_bias")
         _require(path, arrays, names)
-        make = cls.harmonic if harmonic else cls
+        make: Callable[..., BiasedSamples] = cls.harmonic if harmonic else cls
         try:
             return make(
                 *(torch.from_numpy(arrays[name]) for name in names),
