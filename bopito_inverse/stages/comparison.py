@@ -1,0 +1,198 @@
+r"""Figures of the fit, and the corrected model beside the exact transfer operator.
+
+The stationary density is compared by its total variation in 100 bins,
+
+    TV = 1/2 sum_b |h_b - p_b|,
+
+h_b the share of sampled frames in bin b and p_b the exact probability; its noise floor is the TV of
+as many independent draws of the exact density. The kinetics are compared by the variance-normalised
+autocorrelations of the features that were not fitted, at multiples of the step.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bopito_inverse import plots
+from bopito_inverse.arguments import as_generator
+from bopito_inverse.config import Config
+from bopito_inverse.datasets import Frames, Trajectories
+from bopito_inverse.inference import FitResult, Prediction
+from bopito_inverse.interpolator import Interpolator
+from bopito_inverse.observables import Correlation, Experiment
+from bopito_inverse.observables.features import FEATURES
+from bopito_inverse.sampling import sample
+from bopito_inverse.stages.inputs import uncorrected_step
+from bopito_inverse.systems import TransferOperator
+
+N_BINS = 100
+TAIL = 1e-5  # probability beyond the first and the last edge of the bins
+N_UNCORRECTED = 500  # trajectories of the uncorrected model
+N_CORRELATED = 2000  # trajectories that correlations are computed from
+LONGEST = 10  # steps
+BAND = (0.03, 0.97)
+
+
+def compare(
+    config: Config,
+    folder: Path,
+    model: Interpolator,
+    starts: Tensor,
+    corrected: Trajectories,
+    seed: int,
+) -> dict[str, Any]:
+    """Corrected and uncorrected trajectories against the exact operator, with figures."""
+    exact = TransferOperator(config.system.build())
+    uncorrected = _uncorrected(config, model, starts[:N_UNCORRECTED], seed)
+    models = {"uncorrected": uncorrected, "corrected": corrected}
+    n_frames = len(corrected.frames) - len(corrected)
+    floor = exact.sample(n_frames, as_generator(seed, torch.device("cpu"), 1 << 31))
+    edges = bins(exact)
+    variation = {name: total_variation(exact, edges, later(x)) for name, x in models.items()}
+    lags = config.section("step").step_lag * np.arange(1, 1 + min(LONGEST, config.sample.n_steps))
+    _draw_densities(folder, exact, models, lags)
+    return {
+        "system": config.system.name,
+        "exact_timescale": float(exact.timescales[0]),
+        "total_variation": variation
+        | {"noise_floor": total_variation(exact, edges, floor), "bins": N_BINS, "frames": n_frames},
+        "lags": lags.tolist(),
+        "fitted": config.observable.label,
+        "correlations": {name: _correlations(name, exact, models, lags) for name in FEATURES},
+    }
+
+
+def draw_fit(
+    config: Config,
+    folder: Path,
+    result: FitResult,
+    model: Interpolator,
+    frames: Frames,
+    measured: Experiment,
+    fitted: np.ndarray,
+) -> None:
+    """Figures of the correlation function and of the posterior."""
+    obs, exact = config.observable.build(), TransferOperator(config.system.build())
+    alone = uncorrected_step(config, model)
+    prediction = Prediction(
+        model, alone, obs, measured.lags, frames, config.seed, 1024, config.device
+    )
+    with torch.no_grad():
+        uncorrected = prediction(float(model.lag_max)).cpu().numpy()
+    reached = measured.lags[measured.lags <= measured.lags[fitted].max()]
+    draws = result.predict(reached).reshape(-1, len(reached))
+    fine = np.linspace(0, measured.lags.max(), 200)
+    figure = plots.correlation_figure(
+        measured.lags,
+        measured=(measured.values, measured.sigma),
+        fitted=(reached, draws.mean(0), *np.quantile(draws, BAND, axis=0)),
+        uncorrected=uncorrected,
+        exact=(fine, exact.correlation(obs.a, obs.b, fine, obs.normalization)),
+        ylabel=f"C(lag) of {config.observable.label}",
+        fitted_mask=fitted,
+    )
+    plots.save(figure, folder / "correlation")
+    posterior = result.idata.posterior
+    figure = plots.posterior_figure(
+        {name: posterior[name].values for name in ("n_int", "weight", "timescale")},
+        lag_max=model.lag_max,
+        exact_timescale=float(exact.timescales[0]),
+        prior=config.fit.frozen_prior(),
+    )
+    plots.save(figure, folder / "posterior")
+
+
+def bins(exact: TransferOperator) -> np.ndarray:
+    """Edges of equal bins between the far quantiles of the exact density; the outer are infinite."""
+    cdf = np.cumsum(exact.stationary) * exact.spacing
+    low, high = np.interp([TAIL, 1 - TAIL], cdf, exact.grid + exact.spacing / 2)
+    edges = np.linspace(low, high, N_BINS + 1)
+    return np.concatenate([[-np.inf], edges[1:-1], [np.inf]])
+
+
+def total_variation(exact: TransferOperator, edges: np.ndarray, x: Tensor) -> float:
+    """Total variation between frames and the exact density in bins."""
+    cdf = np.cumsum(exact.stationary) * exact.spacing
+    inner = np.interp(edges[1:-1], exact.grid + exact.spacing / 2, cdf)
+    expected = np.diff(np.concatenate([[0.0], inner, [1.0]]))
+    index = np.searchsorted(edges[1:-1], x.numpy().ravel())
+    share = np.bincount(index, minlength=len(edges) - 1) / x.numel()
+    return float(np.abs(share - expected).sum() / 2)
+
+
+def later(trajectories: Trajectories) -> Tensor:
+    """All frames but the starts."""
+    return _dense(trajectories)[:, 1:]
+
+
+def _uncorrected(config: Config, model: Interpolator, starts: Tensor, seed: int) -> Trajectories:
+    made = sample(
+        model,
+        uncorrected_step(config, model),
+        starts=starts,
+        n_steps=config.sample.n_steps,
+        seed=seed,
+        device=config.device,
+    )
+    assert made is not None  # only where a file is written
+    return made
+
+
+def _dense(trajectories: Trajectories) -> Tensor:
+    return trajectories.frames.view(len(trajectories), -1)
+
+
+def _correlations(
+    name: str, exact: TransferOperator, models: dict[str, Trajectories], lags: np.ndarray
+) -> dict[str, Any]:
+    """Autocorrelation of one feature: exact, and by each model with its error."""
+    obs = Correlation(FEATURES[name], normalization="variance")
+    truth = exact.correlation(obs.a, None, lags, "variance")
+    report: dict[str, Any] = {"exact": truth.tolist(), "mean_abs_error": {}}
+    for model, trajectories in models.items():
+        steps = torch.arange(1, 1 + len(lags))
+        some = [trajectories[i] for i in range(min(len(trajectories), N_CORRELATED))]
+        value, error = obs.from_trajectories(some, steps)
+        report[model] = value.tolist()
+        report[f"{model}_standard_error"] = error.tolist()
+        report["mean_abs_error"][model] = float(np.abs(value.numpy() - truth).mean())
+    return report
+
+
+def _draw_densities(
+    folder: Path, exact: TransferOperator, models: dict[str, Trajectories], lags: np.ndarray
+) -> None:
+    """Transition densities from the deepest well, and stationary densities."""
+    low, high = np.quantile(
+        exact.sample(10_000, torch.Generator().manual_seed(0)), (1e-3, 1 - 1e-3)
+    )
+    edges = np.linspace(low - 0.1 * (high - low), high + 0.1 * (high - low), 61)
+    start = float(exact.grid[np.argmax(exact.stationary)])
+    steps = sorted({1, min(3, len(lags)), len(lags)})
+    rows: dict[str, Sequence[Any]] = {
+        name: [_density_after(x, start, (high - low) / 50, k, edges) for k in steps]
+        for name, x in models.items()
+    }
+    chosen = lags[np.array(steps) - 1]
+    at = int(np.argmax(exact.stationary))
+    inside = (exact.grid >= edges[0]) & (exact.grid <= edges[-1])
+    rows["exact"] = [exact.transition_density(lag)[at, inside] for lag in chosen]
+    grid, stationary = exact.grid[inside], exact.stationary[inside]
+    figure = plots.transition_figure(grid, start, chosen, rows, stationary)
+    plots.save(figure, folder / "transition")
+    histograms = {name: np.histogram(later(x), edges, density=True) for name, x in models.items()}
+    plots.save(plots.stationary_figure(grid, stationary, histograms), folder / "stationary")
+
+
+def _density_after(
+    trajectories: Trajectories, start: float, width: float, k: int, edges: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Density of the frames `k` steps after all frames within `width` of `start`."""
+    x = _dense(trajectories).numpy()
+    here = np.abs(x[:, :-k] - start) < width
+    count, _ = np.histogram(x[:, k:][here], edges)
+    return count / max(1, count.sum()) / np.diff(edges), edges

@@ -1,0 +1,232 @@
+"""What a verb reads: where it is, that it is there, and that it belongs to this run.
+
+Each input is the file that `[data]` names, or else the product of an earlier verb. It is refused
+where it was made with another system or has frames of another shape than the system's.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from bopito_inverse.config import Config
+from bopito_inverse.datasets import Frames, Trajectories, read_npz, write_npz
+from bopito_inverse.interpolator import Interpolator
+from bopito_inverse.models import BoPITOScore, checkpoint
+from bopito_inverse.observables import Experiment
+from bopito_inverse.sampling import Interpolate, Propagate, Rollout
+from bopito_inverse.sampling.rollout import Move
+from bopito_inverse.sampling.solvers import DPMSolver
+from bopito_inverse.simulate import BiasedSamples
+from bopito_inverse.systems import Potential1D
+
+PRODUCTS = {
+    "trajectories": ("simulate", "biased.npz"),
+    "umbrella": ("simulate", "umbrella.npz"),
+    "frames": ("reweight", "frames.npz"),
+    "checkpoint": ("train", "bopito.safetensors"),
+}
+
+
+def path_of(config: Config, name: str) -> Path:
+    """Where an input is, or will be."""
+    verb, file = PRODUCTS[name]
+    return getattr(config.data, name) or config.output / verb / file
+
+
+def find(config: Config, name: str) -> Path:
+    """Where an input is.
+
+    Raises:
+        FileNotFoundError: it is not there; the message says what to do.
+    """
+    path = path_of(config, name)
+    if path.is_file():
+        return path
+    if getattr(config.data, name) is not None:
+        raise FileNotFoundError(f"{config.path}: data.{name}: there is no file {path}")
+    verb = PRODUCTS[name][0]
+    raise FileNotFoundError(
+        f"{path} does not exist yet; `bopito-inverse {verb} {config.path}` makes it, or [data] "
+        f"{name} names a file to be used instead"
+    )
+
+
+def read_trajectories(config: Config) -> Trajectories:
+    """Trajectories of the system."""
+    path = find(config, "trajectories")
+    trajectories = Trajectories.read(path)
+    system = config.system.build()
+    _refuse_other(config, path, trajectories.system, trajectories.event_shape, system)
+    if not np.isclose(trajectories.frame_time, system.frame_time, rtol=1e-6, atol=0):
+        raise ValueError(
+            f"{path}: frame_time must be that of {system.name} ({system.frame_time:g}), got "
+            f"{trajectories.frame_time:g}"
+        )
+    return trajectories
+
+
+def read_umbrella(config: Config) -> BiasedSamples:
+    """Umbrella windows of the system."""
+    path = find(config, "umbrella")
+    biased = BiasedSamples.read(path)
+    system = config.system.build()
+    _refuse_other(config, path, biased.system, tuple(biased.frames.shape[2:]), system)
+    if not np.isclose(biased.kT, system.kT):
+        raise ValueError(f"{path}: kT must be that of {system.name} ({system.kT}), got {biased.kT}")
+    return biased
+
+
+def read_frames(config: Config) -> Frames:
+    """Weighted equilibrium frames of the system."""
+    path = find(config, "frames")
+    frames = Frames.read(path)
+    made_with = str(read_npz(path, ()).get("system", "")) or None
+    _refuse_other(config, path, made_with, frames.event_shape, config.system.build())
+    return frames
+
+
+def write_frames(path: Path, frames: Frames, system: str) -> None:
+    """Write what `Frames.read` reads, with the name of the system."""
+    x, weights = frames.x.cpu().numpy(), frames.weights.cpu().numpy()
+    write_npz(path, frames=x, weights=weights, system=np.str_(system))
+
+
+def read_model(config: Config) -> Interpolator:
+    """The trained model of the system, on the CPU."""
+    path = find(config, "checkpoint")
+    system = config.system.build()
+    header = checkpoint.read_header(path)
+    score = checkpoint.load(path, system=system.name)
+    if not isinstance(score, BoPITOScore):
+        raise ValueError(f"{path} must hold a BoPITOScore, got {header['kind']}")
+    trained_on = (header["training"] or {}).get("system", config.system.arguments)
+    if trained_on != config.system.arguments:
+        raise ValueError(
+            f"{path} was trained on {system.name} with {trained_on or 'its default arguments'}, "
+            f"not with {config.system.arguments or 'its default arguments'}"
+        )
+    _refuse_other(config, path, None, score.event_shape, system)
+    return Interpolator(score)
+
+
+def read_step(config: Config, model: Interpolator) -> Rollout:
+    """The composite step, with moves that the model can make."""
+    section = config.section("step")
+    relax = (float(model.lag_max),) if section.relax is None else section.relax
+    for lag in relax:
+        if lag > model.lag_max:
+            raise ValueError(
+                f"{config.path}: step.relax must hold lags of at most lag_max of the model "
+                f"({model.lag_max}), got {lag:g}"
+            )
+    moves: list[Move] = [Interpolate(), *map(Propagate, relax)]
+    return Rollout(moves, section.step_lag, DPMSolver(section.evaluations))
+
+
+def uncorrected_step(config: Config, model: Interpolator) -> Rollout:
+    """The trained model alone, by as few equal moves as make one step: what data without an
+    experiment would give.
+    """
+    section = config.section("step")
+    n = math.ceil(section.step_lag / model.lag_max)
+    moves = [Propagate(section.step_lag / n)] * n
+    return Rollout(moves, section.step_lag, DPMSolver(section.evaluations))
+
+
+def find_summary(config: Config) -> Path:
+    """Where the result of the fit is.
+
+    Raises:
+        FileNotFoundError: there is none yet.
+    """
+    path = config.output / "fit" / "summary.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist yet; `bopito-inverse fit {config.path}` makes it, or [sample] "
+            "n_int is used instead"
+        )
+    return path
+
+
+def read_n_int(config: Config) -> float:
+    """The n_int that is sampled: that of `[sample]`, or else the posterior mean."""
+    if config.sample.n_int is not None:
+        return config.sample.n_int
+    path = find_summary(config)
+    try:
+        return float(json.loads(path.read_text())["n_int"]["mean"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a summary that `fit` wrote; run `fit` again") from None
+
+
+def experiment_files(config: Config) -> dict[str, Path]:
+    """The files of the measurement.
+
+    Raises:
+        FileNotFoundError: one of them is not there.
+    """
+    section = config.section("experiment")
+    files = {"experiment": section.file, "covariance": section.covariance}
+    given = {name: path for name, path in files.items() if path is not None}
+    for name, path in given.items():
+        if not path.is_file():
+            key = "file" if name == "experiment" else name
+            raise FileNotFoundError(f"{config.path}: experiment.{key}: there is no file {path}")
+    return given
+
+
+def read_experiment(config: Config) -> tuple[Experiment, np.ndarray]:
+    """The measurement of the observable, lags in frames, and which of its points are fitted (L,).
+
+    Raises:
+        ValueError: the table is bad, does not hold the observable, has lags that are not multiples
+            of the step, or lacks a lag that is to be fitted.
+    """
+    files = experiment_files(config)
+    frame_time = config.system.build().frame_time
+    measured = Experiment.read(files["experiment"], files.get("covariance"), frame_time)
+    with located(files["experiment"]):
+        measured = measured.select(config.observable.label)
+        measured.steps(config.section("step").step_lag)
+    wanted = config.section("experiment").fit_lags
+    if wanted is None:
+        return measured, np.ones(len(measured), dtype=bool)
+    missing = sorted(set(wanted) - set(measured.lags.tolist()))
+    if missing:
+        raise ValueError(
+            f"{config.path}: experiment.fit_lags must be lags of {files['experiment']}, got "
+            f"{', '.join(f'{lag:g}' for lag in missing)}"
+        )
+    return measured, np.isin(measured.lags, wanted)
+
+
+@contextmanager
+def located(where: object) -> Iterator[None]:
+    """Put a place before the message of a `ValueError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _refuse_other(
+    config: Config,
+    path: Path,
+    made_with: str | None,
+    event_shape: tuple[int, ...],
+    system: Potential1D,
+) -> None:
+    if made_with not in (None, system.name):
+        raise ValueError(
+            f"{path} is of the system {made_with!r}, but system.name in {config.path} is "
+            f"{system.name!r}"
+        )
+    if event_shape != system.event_shape:
+        raise ValueError(
+            f"{path} must hold frames of shape {system.event_shape}, as {system.name} has, got "
+            f"{event_shape}"
+        )
