@@ -25,6 +25,7 @@ ORDER = (
     "plots",
     "report",
     "config",
+    "stages",
     "cli",
 )
 INDEPENDENT = {"observables": {"models", "interpolator", "sampling"}}

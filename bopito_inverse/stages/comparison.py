@@ -107,7 +107,7 @@ def draw_fit(
 
 
 def bins(exact: TransferOperator) -> np.ndarray:
-    """Edges of equal bins between the far quantiles of the exact density; the outer are infinite."""
+    """Edges of equal bins between far quantiles of the exact density; the outer are infinite."""
     cdf = np.cumsum(exact.stationary) * exact.spacing
     low, high = np.interp([TAIL, 1 - TAIL], cdf, exact.grid + exact.spacing / 2)
     edges = np.linspace(low, high, N_BINS + 1)
@@ -167,14 +167,12 @@ def _draw_densities(
     folder: Path, exact: TransferOperator, models: dict[str, Trajectories], lags: np.ndarray
 ) -> None:
     """Transition densities from the deepest well, and stationary densities."""
-    low, high = np.quantile(
-        exact.sample(10_000, torch.Generator().manual_seed(0)), (1e-3, 1 - 1e-3)
-    )
-    edges = np.linspace(low - 0.1 * (high - low), high + 0.1 * (high - low), 61)
+    low, high = bins(exact)[[1, -2]]
+    edges = np.linspace(low - 0.05 * (high - low), high + 0.05 * (high - low), 61)
     start = float(exact.grid[np.argmax(exact.stationary)])
     steps = sorted({1, min(3, len(lags)), len(lags)})
     rows: dict[str, Sequence[Any]] = {
-        name: [_density_after(x, start, (high - low) / 50, k, edges) for k in steps]
+        name: [_density_after(x, start, (high - low) / 60, k, edges) for k in steps]
         for name, x in models.items()
     }
     chosen = lags[np.array(steps) - 1]

@@ -100,9 +100,8 @@ class Job:
             return None
         try:
             before = json.loads(path.read_text())
-            return before | {
-                key: before[key] for key in ("config", "inputs", "finished", "outputs")
-            }
+            needed = ("config", "inputs", "started", "finished", "outputs")
+            return before | {key: before[key] for key in needed}
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"{path} is unreadable; delete the folder to make it anew") from None
 

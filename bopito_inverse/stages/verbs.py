@@ -69,8 +69,8 @@ def reweight(config: Config, say: Say = silent, progress: bool = False) -> None:
         frames = Frames(biased.frames_flat, result.weights)
         inputs.write_frames(folder / "frames.npz", frames, config.system.name)
         say(
-            f"  frames.npz: {len(frames)} frames, worth {result.ess:.0f} independent ones; smallest "
-            f"overlap of neighbours {result.smallest_overlap:.2f}"
+            f"  frames.npz: {len(frames)} frames, worth {result.ess:.0f} independent ones; "
+            f"smallest overlap of neighbouring windows {result.smallest_overlap:.2f}"
         )
 
     _job(config, "reweight", ("reweight",), files).run(make, say)
@@ -173,9 +173,8 @@ def sample(config: Config, say: Say = silent, progress: bool = False) -> None:
                 device=config.device,
                 progress=progress,
             )
-        say(
-            f"  trajectories.npz: {section.n_trajectories} x {section.n_steps} steps, n_int {n_int:g}"
-        )
+        size = f"{section.n_trajectories} x {section.n_steps} steps"
+        say(f"  trajectories.npz: {size} of {step.step_lag:g} frames, n_int {n_int:.4g}")
         with _busy("Comparing with the exact operator", progress):
             report = comparison.compare(
                 config, folder, model, x_0, Trajectories.read(out), _seed(config, "comparison")
