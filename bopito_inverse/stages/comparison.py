@@ -61,7 +61,6 @@ def compare(
         "total_variation": variation
         | {"noise_floor": total_variation(exact, edges, floor), "bins": N_BINS, "frames": n_frames},
         "lags": lags.tolist(),
-        "fitted": config.observable.label,
         "correlations": {name: _correlations(name, exact, models, lags) for name in FEATURES},
     }
 

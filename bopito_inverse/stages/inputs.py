@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from bopito_inverse.config import Config
-from bopito_inverse.datasets import Frames, Trajectories, read_npz, write_npz
+from bopito_inverse.datasets import Frames, LaggedPairs, Trajectories, read_npz, write_npz
 from bopito_inverse.interpolator import Interpolator
 from bopito_inverse.models import BoPITOScore, checkpoint
 from bopito_inverse.observables import Experiment
@@ -66,6 +66,14 @@ def read_trajectories(config: Config) -> Trajectories:
             f"{path}: frame_time must be that of {system.name} ({system.frame_time:g}), got "
             f"{trajectories.frame_time:g}"
         )
+    return trajectories
+
+
+def read_pairs(config: Config) -> Trajectories:
+    """Trajectories of the system that hold pairs of frames up to `train.lag_max`."""
+    trajectories = read_trajectories(config)
+    with located(f"{config.path}: train with {path_of(config, 'trajectories')}"):
+        LaggedPairs(trajectories, config.section("train").lag_max)
     return trajectories
 
 

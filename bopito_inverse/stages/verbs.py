@@ -22,7 +22,7 @@ import torch
 from bopito_inverse import models
 from bopito_inverse.arguments import as_device, as_generator
 from bopito_inverse.config import Config
-from bopito_inverse.datasets import Frames, LaggedPairs, Trajectories
+from bopito_inverse.datasets import Frames, Trajectories
 from bopito_inverse.inference import FitResult
 from bopito_inverse.inference import fit as fit_n_int
 from bopito_inverse.inference.posterior import write_netcdf
@@ -32,6 +32,60 @@ from bopito_inverse.stages import comparison, inputs
 from bopito_inverse.stages.folder import Job, Say, silent, write_text
 
 PURPOSES = ("starts", "biased", "umbrella", "equilibrium", "dynamic", "sample", "comparison")
+
+
+SECTIONS = {
+    "simulate": ("simulate",),
+    "reweight": ("reweight",),
+    "train": ("train",),
+    "fit": ("step", "observable", "fit"),
+    "sample": ("step", "sample"),
+}
+INPUTS: dict[str, tuple[str, ...]] = {
+    "simulate": (),
+    "reweight": ("umbrella",),
+    "train": ("trajectories", "frames"),
+    "fit": ("checkpoint", "frames"),
+    "sample": ("checkpoint", "frames"),
+}
+VERBS = tuple(SECTIONS)
+
+
+def job(config: Config, verb: str) -> Job:
+    """The folder of a verb, with what its results depend on.
+
+    Raises:
+        FileNotFoundError: an input is not there.
+        ValueError: the run file lacks a section.
+    """
+    settings: dict[str, Any] = {"seed": config.seed}
+    settings["system"] = {"name": config.system.name, **config.system.arguments}
+    for name in SECTIONS[verb]:
+        settings[name] = config.section(name).model_dump(mode="json")
+    files = {name: inputs.find(config, name) for name in INPUTS[verb]}
+    if verb == "fit":
+        settings["experiment"] = {"fit_lags": config.section("experiment").fit_lags}
+        files |= inputs.experiment_files(config)
+    if verb == "sample" and config.sample.n_int is None:
+        files["fit"] = inputs.find_summary(config)
+    return Job(verb, config.output / verb, settings, files, str(as_device(config.device)))
+
+
+def needed(config: Config) -> list[str]:
+    """The verbs of a whole run, in order, without those whose products `[data]` provides."""
+    data, verbs = config.data, []
+    train_needed = data.checkpoint is None
+    if (train_needed and data.trajectories is None) or (
+        data.frames is None and data.umbrella is None
+    ):
+        verbs.append("simulate")
+    if data.frames is None:
+        verbs.append("reweight")
+    if train_needed:
+        verbs.append("train")
+    if config.experiment is not None:
+        verbs.append("fit")
+    return [*verbs, "sample"]
 
 
 def simulate(config: Config, say: Say = silent, progress: bool = False) -> None:
@@ -48,7 +102,7 @@ def simulate(config: Config, say: Say = silent, progress: bool = False) -> None:
             windows.write(folder / "umbrella.npz")
             say(f"  umbrella.npz: {windows.n_windows} windows of {windows.n_frames} frames")
 
-    _job(config, "simulate", ("simulate",)).run(make, say)
+    job(config, "simulate").run(make, say)
 
 
 def reweight(config: Config, say: Say = silent, progress: bool = False) -> None:
@@ -57,7 +111,6 @@ def reweight(config: Config, say: Say = silent, progress: bool = False) -> None:
     Raises:
         ValueError: neighbouring windows overlap too little, or too few frames carry the weight.
     """
-    files = {"umbrella": inputs.find(config, "umbrella")}
     biased = inputs.read_umbrella(config)
 
     def make(folder: Path) -> None:
@@ -65,7 +118,8 @@ def reweight(config: Config, say: Say = silent, progress: bool = False) -> None:
         report = _plain(result)
         write_text(folder / "reweighting.json", json.dumps(report, indent=2) + "\n")
         if result.status != "ok":
-            raise ValueError(f"the weights of {files['umbrella']} are unreliable: {result.status}")
+            path = inputs.path_of(config, "umbrella")
+            raise ValueError(f"the weights of {path} are unreliable: {result.status}")
         frames = Frames(biased.frames_flat, result.weights)
         inputs.write_frames(folder / "frames.npz", frames, config.system.name)
         say(
@@ -73,7 +127,7 @@ def reweight(config: Config, say: Say = silent, progress: bool = False) -> None:
             f"smallest overlap of neighbouring windows {result.smallest_overlap:.2f}"
         )
 
-    _job(config, "reweight", ("reweight",), files).run(make, say)
+    job(config, "reweight").run(make, say)
 
 
 def train(config: Config, say: Say = silent, progress: bool = False) -> None:
@@ -83,10 +137,7 @@ def train(config: Config, say: Say = silent, progress: bool = False) -> None:
         ValueError: bad data, or a lag_max that no trajectory reaches.
     """
     section = config.section("train")
-    files = {name: inputs.find(config, name) for name in ("trajectories", "frames")}
-    trajectories, frames = inputs.read_trajectories(config), inputs.read_frames(config)
-    with inputs.located(f"{config.path}: train.lag_max, {files['trajectories']}"):
-        LaggedPairs(trajectories, section.lag_max)
+    trajectories, frames = inputs.read_pairs(config), inputs.read_frames(config)
 
     def make(folder: Path) -> None:
         common: dict[str, Any] = {"device": config.device, "progress": progress}
@@ -111,13 +162,11 @@ def train(config: Config, say: Say = silent, progress: bool = False) -> None:
         _save(config, bopito, folder / "bopito.safetensors")
         say("  equilibrium.safetensors, bopito.safetensors")
 
-    _job(config, "train", ("train",), files).run(make, say)
+    job(config, "train").run(make, say)
 
 
 def fit(config: Config, say: Say = silent, progress: bool = False) -> None:
     """Write `fit/posterior.nc`, `fit/summary.json` and figures."""
-    files = {name: inputs.find(config, name) for name in ("checkpoint", "frames")}
-    files |= inputs.experiment_files(config)
     model = inputs.read_model(config)
     step, frames = inputs.read_step(config, model), inputs.read_frames(config)
     measured, fitted = inputs.read_experiment(config)
@@ -140,17 +189,12 @@ def fit(config: Config, say: Say = silent, progress: bool = False) -> None:
         _write_result(result, folder)
         say(f"{result}")
 
-    settings = {"fit_lags": config.section("experiment").model_dump(mode="json")["fit_lags"]}
-    job = _job(config, "fit", ("step", "observable", "fit"), files, experiment=settings)
-    job.run(make, say)
+    job(config, "fit").run(make, say)
 
 
 def sample(config: Config, say: Say = silent, progress: bool = False) -> None:
     """Write `sample/trajectories.npz`, `sample/comparison.json` and figures."""
     section = config.sample
-    files = {name: inputs.find(config, name) for name in ("checkpoint", "frames")}
-    if section.n_int is None:
-        files["fit"] = inputs.find_summary(config)
     model = inputs.read_model(config)
     step, frames = inputs.read_step(config, model), inputs.read_frames(config)
     n_int = inputs.read_n_int(config)
@@ -188,7 +232,7 @@ def sample(config: Config, say: Say = silent, progress: bool = False) -> None:
             f"(noise floor {tv['noise_floor']:.4f})"
         )
 
-    _job(config, "sample", ("step", "sample"), files).run(make, say)
+    job(config, "sample").run(make, say)
 
 
 def _write_result(result: FitResult, folder: Path) -> None:
@@ -261,24 +305,6 @@ def _save(config: Config, score: torch.nn.Module, path: Path) -> None:
         "settings": config.section("train").model_dump(mode="json"),
     }
     models.save(score, path, system=config.system.name, training=training)
-
-
-def _job(
-    config: Config,
-    verb: str,
-    sections: tuple[str, ...],
-    files: dict[str, Path] | None = None,
-    **more: Any,
-) -> Job:
-    system = {"name": config.system.name, **config.system.arguments}
-    settings = {
-        "seed": config.seed,
-        "system": system,
-        **{name: config.section(name).model_dump(mode="json") for name in sections},
-        **more,
-    }
-    device = str(as_device(config.device))
-    return Job(verb, config.output / verb, settings, files or {}, device)
 
 
 def _seed(config: Config, purpose: str) -> int:
