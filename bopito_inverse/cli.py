@@ -49,7 +49,7 @@ app = typer.Typer(
     cls=_Verbs,
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -66,12 +66,12 @@ def _about() -> None:
 
     Each verb reads a run file (TOML) and what the verbs before it wrote, and fills one folder:
 
-    [bold]simulate[/] -> [bold]reweight[/] -> [bold]train[/] -> [bold]fit[/] -> [bold]sample[/]
+    **simulate** -> **reweight** -> **train** -> **fit** -> **sample**
 
     A verb that was killed goes on when it is called again; one that has finished does nothing; and
     results of another configuration are never overwritten.
 
-    Start with [bold]bopito-inverse demo[/], then copy its run file and change it.
+    Start with `bopito-inverse demo`, then copy its run file and change it.
     """
 
 
@@ -96,14 +96,16 @@ def demo(
 def check(run_file: RunFile, device: Device = None, output: Output = None) -> None:
     """Read the run file and every input that exists, and say what was found; compute nothing.
 
-    Example: bopito-inverse check run.toml
+    Example: `bopito-inverse check run.toml`
     """
     from bopito_inverse import stages
 
     config = _read(run_file, device, output)
-    table = Table("", "where", "found", box=None, header_style="bold")
-    for row in stages.inspect(config):
-        table.add_row(*row)
+    table = Table("", box=None, header_style="bold")
+    table.add_column("found", overflow="fold")
+    table.add_column("where", overflow="fold", style="dim")
+    for what, where, found in stages.inspect(config):
+        table.add_row(what, found, where)
     Console().print(table)
 
 
@@ -116,7 +118,7 @@ def simulate(
     Reads [system] and [simulate]. Writes simulate/biased.npz (trajectories, which may be short, far
     from equilibrium, and confined by a barrier) and simulate/umbrella.npz.
 
-    Example: bopito-inverse simulate run.toml
+    Example: `bopito-inverse simulate run.toml`
     """
     _run(_read(run_file, device, output), ("simulate",), quiet)
 
@@ -130,7 +132,7 @@ def reweight(
     Reads umbrella.npz and [reweight]. Writes reweight/frames.npz (weighted frames) and
     reweighting.json (overlap, free energies, effective sample size).
 
-    Example: bopito-inverse reweight run.toml
+    Example: `bopito-inverse reweight run.toml`
     """
     _run(_read(run_file, device, output), ("reweight",), quiet)
 
@@ -144,7 +146,7 @@ def train(
     Reads frames.npz, biased.npz and [train]. Writes train/bopito.safetensors (both scores),
     equilibrium.safetensors, and the losses.
 
-    Example: bopito-inverse train run.toml --device cuda
+    Example: `bopito-inverse train run.toml --device cuda`
     """
     _run(_read(run_file, device, output), ("train",), quiet)
 
@@ -158,7 +160,7 @@ def fit(
     Reads bopito.safetensors, frames.npz, the experiment (CSV: observable,lag,value,sigma), [step],
     [observable] and [fit]. Writes fit/posterior.nc (ArviZ), summary.json and figures.
 
-    Example: bopito-inverse fit run.toml
+    Example: `bopito-inverse fit run.toml`
     """
     _run(_read(run_file, device, output), ("fit",), quiet)
 
@@ -172,7 +174,7 @@ def sample(
     Reads bopito.safetensors, frames.npz, fit/summary.json, [step] and [sample]. Writes
     sample/trajectories.npz, comparison.json and figures.
 
-    Example: bopito-inverse sample run.toml
+    Example: `bopito-inverse sample run.toml`
     """
     _run(_read(run_file, device, output), ("sample",), quiet)
 
@@ -183,7 +185,7 @@ def run(
 ) -> None:
     """All verbs in order, without what is done and what [data] provides.
 
-    Example: bopito-inverse run run.toml --output results/second
+    Example: `bopito-inverse run run.toml --output results/second`
     """
     from bopito_inverse import stages
 
@@ -239,7 +241,7 @@ def _posterior_table(summary: dict[str, Any], exact: float) -> Table:
         low, high = part["hdi_94"]
         truth = ""
         if key == "timescale":
-            truth = f"{exact:.1f} ({'inside' if low <= exact <= high else 'outside'})"
+            truth = f"{exact:.1f}, {'inside' if low <= exact <= high else 'outside'}"
         numbers = (f"{part['mean']:.4g}", f"{part['sd']:.2g}", f"{low:.4g} to {high:.4g}")
         table.add_row(label, *numbers, truth)
     return table
@@ -257,6 +259,6 @@ def _comparison_table(config: "Config", report: dict[str, Any]) -> Table:
             label = f"mean |error| of C(lag) of {name}, lags {lags}"
             table.add_row(label, f"{error['uncorrected']:.3f}", f"{error['corrected']:.3f}")
     variation = report["total_variation"]
-    label = f"total variation of the density (noise floor {variation['noise_floor']:.4f})"
+    label = f"total variation (noise floor {variation['noise_floor']:.4f})"
     table.add_row(label, f"{variation['uncorrected']:.4f}", f"{variation['corrected']:.4f}")
     return table
