@@ -190,8 +190,6 @@ class _Posterior:
         self.covariance = exp.covariance + mc_scale * _block(covariance, self.columns)
         self.log_prior = _log_prior(prior, emulator.coordinate, self.u)
         self.log_density = self.log_prior + _log_normal(self.residual, self.covariance)
-        if not np.isfinite(self.log_density).any():
-            raise ValueError("prior must have density somewhere in n_int > 0, got none")
         self.density = self._normalised(self.log_density)
 
     def _normalised(self, log_density: np.ndarray) -> np.ndarray:
@@ -307,6 +305,9 @@ def _log_prior(prior: Any, coordinate: Coordinate, u: np.ndarray) -> np.ndarray:
         return np.zeros_like(u)
     if not hasattr(prior, "logpdf"):
         raise ValueError(f"prior must be a frozen scipy.stats distribution, got {prior!r}")
+    shortest = float(coordinate.n_int(np.array(coordinate.high)))
+    if not prior.sf(shortest) > 0:
+        raise ValueError(f"prior must have mass at n_int above {shortest:g} frames, got none")
     n = coordinate.n_int(u)
     finite = np.isfinite(n)
     value = np.full_like(u, -np.inf)

@@ -1,7 +1,8 @@
 """The posterior as an ArviZ InferenceData, and its summaries. ArviZ is touched here alone."""
 
+import math
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,19 @@ class Estimate:
         return f"{self.mean:.4g} +- {self.sd:.2g} (94 % HDI {low:.4g} to {high:.4g})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self) | {"hdi_94": list(self.hdi_94)}
+        """Plain values for JSON, which has no infinity: None stands for it."""
+        numbers = {"mean": self.mean, "sd": self.sd, "hdi_94": list(self.hdi_94)}
+        return {
+            name: [_finite(v) for v in value] if isinstance(value, list) else _finite(value)
+            for name, value in numbers.items()
+        }
 
 
 def estimate(draws: np.ndarray) -> Estimate:
-    """Summary of posterior draws (chains, draws)."""
+    """Summary of posterior draws (chains, draws); where some are infinite, so are mean and sd."""
+    if not np.isfinite(draws).all():
+        low, high = np.quantile(draws, [(1 - HDI_PROB) / 2, (1 + HDI_PROB) / 2], method="lower")
+        return Estimate(np.inf, np.inf, (float(low), float(high)))
     low, high = _arviz().hdi(draws.ravel(), hdi_prob=HDI_PROB)
     return Estimate(float(draws.mean()), float(draws.std()), (float(low), float(high)))
 
@@ -76,6 +84,10 @@ def write_netcdf(idata: Any, path: str | Path) -> None:
 def read_netcdf(path: str | Path) -> Any:
     """Read what `write_netcdf` wrote."""
     return _arviz().from_netcdf(str(path))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _arviz() -> Any:

@@ -9,7 +9,6 @@ with the same start and opposite noise.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +106,14 @@ class Prediction:
         n = torch.as_tensor(n_int, dtype=torch.float32, device=self.device)
         if n.ndim != 0:
             raise ValueError(f"n_int must be one number, got shape {tuple(n.shape)}")
-        return _ForwardMode.apply(n, self._observe)
+        with torch.no_grad():
+            if not n.requires_grad:
+                return self._observe(n)
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(n.detach(), torch.ones_like(n))
+                value, tangent = forward_ad.unpack_dual(self._observe(dual))
+        slope = torch.zeros_like(value) if tangent is None else tangent
+        return value + slope * (n - n.detach())
 
     @torch.no_grad()
     def at(self, n_int: Tensor) -> NodePredictions:
@@ -152,24 +158,6 @@ class Prediction:
         n = n_int.repeat_interleave(2 * pairs)
         steps = self.step.frames(self.model, x_0, n, self.n_steps, normal)
         return torch.stack([x_0, *steps]).unflatten(1, (k, 2, pairs))
-
-
-class _ForwardMode(torch.autograd.Function):
-    """f(n) for scalar n with df/dn carried along in forward mode."""
-
-    @staticmethod
-    def forward(ctx: Any, n: Tensor, f: Any) -> Tensor:
-        if not n.requires_grad:
-            return f(n)
-        with forward_ad.dual_level():
-            value, tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(n, torch.ones_like(n))))
-        ctx.save_for_backward(torch.zeros_like(value) if tangent is None else tangent)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
-        (tangent,) = ctx.saved_tensors
-        return (grad[0] * tangent).sum().to(torch.float32), None
 
 
 def _resample(frames: Frames, n: int, seed: int) -> Tensor:
