@@ -108,6 +108,7 @@ class UmbrellaSection(_Section):
     n_frames: int = Field(ge=1)
     n_walkers: int = Field(default=20, ge=1)
     burn_in: int = Field(default=50, ge=0)
+    stride: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> "UmbrellaSection":

@@ -176,6 +176,7 @@ def umbrella(
     seed: Seed = 0,
     n_walkers: int = 20,
     burn_in: int = 50,
+    stride: int = 1,
     device: str | torch.device = "auto",
 ) -> BiasedSamples:
     """Sample harmonic windows 0.5 k (x - c)^2, all windows and walkers in one batch.
@@ -190,22 +191,25 @@ def umbrella(
         seed: integer or generator.
         n_walkers: independent walkers in each window, `n_frames / n_walkers` frames each.
         burn_in: frames of each walker left out at the start, to forget the centre.
+        stride: frames simulated for each one kept; it saves space, not time, where frames are
+            correlated.
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
         ValueError: non-finite centres, stiffness not positive or too high for the time step, or
             n_frames no multiple of n_walkers.
     """
-    n_walkers, burn_in = as_count("n_walkers", n_walkers), as_count("burn_in", burn_in, minimum=0)
+    n_walkers, stride = as_count("n_walkers", n_walkers), as_count("stride", stride)
+    burn_in = as_count("burn_in", burn_in, minimum=0)
     if as_count("n_frames", n_frames) % n_walkers:
         raise ValueError(f"n_frames must be a multiple of n_walkers ({n_walkers}), got {n_frames}")
     target = as_device(device)
     c, k = (part.to(target) for part in _as_windows(system, centers, stiffness))
     centre, spring = (v.float().repeat_interleave(n_walkers)[:, None] for v in (c, k))
-    frames = centre.new_empty(len(centre), 1 + burn_in + n_frames // n_walkers, 1)
+    frames = centre.new_empty(len(centre), 1 + burn_in + stride * (n_frames // n_walkers), 1)
     generator = as_generator(seed, target)
     record(system, centre, frames, generator, bias=lambda x: spring * (centre - x))
-    kept = frames[:, 1 + burn_in :].reshape(len(c), n_frames, 1)
+    kept = frames[:, burn_in + stride :: stride].reshape(len(c), n_frames, 1)
     return BiasedSamples.harmonic(kept, c, k, system.kT, n_walkers, system.name)
 
 

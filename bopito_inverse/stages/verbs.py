@@ -281,6 +281,7 @@ def _umbrella(config: Config) -> Any:
         seed=_seed(config, "umbrella"),
         n_walkers=windows.n_walkers,
         burn_in=windows.burn_in,
+        stride=windows.stride,
         device=config.device,
     )
 

@@ -119,3 +119,11 @@ def test_bad_windows_are_refused(change: dict, message: str) -> None:
     arguments = {"centers": [-1.0, 1.0], "stiffness": 3.0, "n_frames": 6, "n_walkers": 3}
     with pytest.raises(ValueError, match=message):
         umbrella(system(), **(arguments | change))
+
+
+def test_stride_keeps_every_so_many_frames() -> None:
+    options = {"centers": [0.0, 0.5], "stiffness": 5.0, "seed": 3, "n_walkers": 4, "burn_in": 2}
+    every = umbrella(OrnsteinUhlenbeck(), n_frames=48, **options)
+    third = umbrella(OrnsteinUhlenbeck(), n_frames=16, stride=3, **options)
+    kept = every.frames.unflatten(1, (4, 12))[:, :, 2::3].flatten(1, 2)
+    assert torch.equal(third.frames, kept)
