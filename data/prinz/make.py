@@ -6,6 +6,7 @@
     equilibrium.safetensors   s_eq                                       (train)
     bopito.safetensors        BoPITO                                     (train)
     experiment.csv            autocorrelation of x with Gaussian noise   (exact transfer operator)
+    SHA256SUMS                what `sha256sum --check` reads
 
 The same seed gives the same files on the same kind of device.
 """
@@ -52,9 +53,11 @@ def main() -> None:
         for source, name in PRODUCTS.items():
             shutil.copyfile(Path(folder) / source, HERE / name)
     measure(config).write(HERE / "experiment.csv")
-    for name in sorted([*PRODUCTS.values(), "experiment.csv"]):
-        size = (HERE / name).stat().st_size
-        print(f"{sha256(HERE / name)}  {size:>9,} bytes  {name}")
+    names = sorted([*PRODUCTS.values(), "experiment.csv"])
+    sums = "".join(f"{sha256(HERE / name)}  {name}\n" for name in names)
+    (HERE / "SHA256SUMS").write_text(sums)
+    print(sums, end="")
+    print(f"{sum((HERE / name).stat().st_size for name in names) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
