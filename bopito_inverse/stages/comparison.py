@@ -168,7 +168,7 @@ def _draw_densities(
     """Transition densities from the deepest well, and stationary densities."""
     low, high = bins(exact)[[1, -2]]
     edges = np.linspace(low - 0.05 * (high - low), high + 0.05 * (high - low), 61)
-    start = float(exact.grid[np.argmax(exact.stationary)])
+    start = round(float(exact.grid[np.argmax(exact.stationary)]), 2)
     steps = sorted({1, min(3, len(lags)), len(lags)})
     rows: dict[str, Sequence[Any]] = {
         name: [_density_after(x, start, (high - low) / 60, k, edges) for k in steps]

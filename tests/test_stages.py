@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bopito_inverse.config import Config
+from bopito_inverse.stages import Job, needed
+from bopito_inverse.stages.comparison import bins, total_variation
+from bopito_inverse.stages.verbs import PURPOSES, _seed
+from bopito_inverse.systems import OrnsteinUhlenbeck, TransferOperator
+
+
+def read(tmp_path: Path, text: str) -> Config:
+    (tmp_path / "run.toml").write_text('[system]\nname = "Prinz"\n' + text)
+    return Config.read(tmp_path / "run.toml")
+
+
+def test_total_variation_of_exact_draws_is_that_of_counting() -> None:
+    exact = TransferOperator(OrnsteinUhlenbeck())
+    edges = bins(exact)
+    x = exact.sample(20_000, torch.Generator().manual_seed(0))
+    width = np.diff(edges[1:-1])
+    assert (len(edges), bool(np.allclose(width, width[0]))) == (101, True)
+    centre = (edges[1:-2] + edges[2:-1]) / 2
+    p = np.exp(-(centre**2) / 2) / np.sqrt(2 * np.pi) * width
+    expected = np.sqrt(2 * p * (1 - p) / np.pi / len(x)).sum() / 2  # E|h - p| of a binomial
+    assert abs(total_variation(exact, edges, x) / expected - 1) < 0.3  # sd of the ratio is 0.08
+
+
+def test_total_variation_of_a_shifted_density() -> None:
+    exact = TransferOperator(OrnsteinUhlenbeck())
+    x = 1 + exact.sample(200_000, torch.Generator().manual_seed(1))
+    shifted = 0.3829  # 2 Phi(1/2) - 1, of N(1, 1) from N(0, 1)
+    assert abs(total_variation(exact, bins(exact), x) - shifted) < 0.01
+    assert total_variation(exact, bins(exact), torch.full((10, 1), 50.0)) > 0.999
+
+
+def test_no_two_purposes_share_random_numbers(tmp_path: Path) -> None:
+    seeds = set()
+    for seed in range(3):
+        config = read(tmp_path, "").model_copy(update={"seed": seed})
+        seeds |= {_seed(config, purpose) for purpose in PURPOSES} | {seed}
+    assert len(seeds) == 3 * (1 + len(PURPOSES))
+
+
+@pytest.mark.parametrize(
+    ("data", "verbs"),
+    [
+        ("", ["simulate", "reweight", "train", "sample"]),
+        ('trajectories = "a"\numbrella = "b"', ["reweight", "train", "sample"]),
+        ('trajectories = "a"\nframes = "b"', ["train", "sample"]),
+        ('umbrella = "b"', ["simulate", "reweight", "train", "sample"]),
+        ('checkpoint = "a"', ["simulate", "reweight", "sample"]),
+        ('checkpoint = "a"\nframes = "b"', ["sample"]),
+    ],
+)
+def test_a_run_leaves_out_what_data_provides(tmp_path: Path, data: str, verbs: list[str]) -> None:
+    assert needed(read(tmp_path, f"[data]\n{data}\n")) == verbs
+    measured = f'[data]\n{data}\n[experiment]\nfile = "x.csv"\n'
+    assert needed(read(tmp_path, measured)) == [*verbs[:-1], "fit", "sample"]
+
+
+def test_a_job_that_failed_is_made_again(tmp_path: Path) -> None:
+    job = Job("train", tmp_path / "train", {"seed": 1, "train": {"lag_max": 5}})
+
+    def fail(folder: Path) -> None:
+        (folder / "half.txt").write_text("half")
+        raise RuntimeError("killed")
+
+    def succeed(folder: Path) -> None:
+        (folder / "whole.txt").write_text("whole")
+
+    said: list[str] = []
+    assert job.state() == "new"
+    with pytest.raises(RuntimeError, match="killed"):
+        job.run(fail, said.append)
+    assert job.state() == "unfinished"
+    job.run(succeed, said.append)
+    assert job.state() == "done"
+    job.run(fail, said.append)
+    assert [line.split()[1] for line in said] == ["writing", "resuming", "already"]
+    other = Job("train", tmp_path / "train", {"seed": 2, "train": {"lag_max": 5}})
+    with pytest.raises(ValueError, match=r"another configuration: seed was 1, now 2\. Choose"):
+        other.run(fail)
+    assert (tmp_path / "train" / "whole.txt").read_text() == "whole"
