@@ -5,6 +5,7 @@ needs torch is imported inside the verbs.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -224,7 +225,7 @@ def _print_results(config: "Config", seconds: float) -> None:
     console.print(_posterior_table(summary, report["exact_timescale"]))
     console.print(f"status: {summary['status']}, {summary['message']}", highlight=False)
     console.print()
-    console.print(_comparison_table(config, report))
+    console.print(_comparison_table(report))
     console.print()
     for verb, name in FIGURES:
         typer.echo(f"figure   {config.output / verb / name}.png")
@@ -238,25 +239,30 @@ def _posterior_table(summary: dict[str, Any], exact: float) -> Table:
     labels = {"n_int": "N_int / frames", "weight": "w", "timescale": "timescale / frames"}
     for key, label in labels.items():
         part = summary[key]
-        low, high = part["hdi_94"]
+        numbers = (part["mean"], part["sd"], *part["hdi_94"])
+        mean, sd, low, high = map(_from_json, numbers)
         truth = ""
         if key == "timescale":
             truth = f"{exact:.1f}, {'inside' if low <= exact <= high else 'outside'}"
-        numbers = (f"{part['mean']:.4g}", f"{part['sd']:.2g}", f"{low:.4g} to {high:.4g}")
-        table.add_row(label, *numbers, truth)
+        table.add_row(label, f"{mean:.4g}", f"{sd:.2g}", f"{low:.4g} to {high:.4g}", truth)
     return table
 
 
-def _comparison_table(config: "Config", report: dict[str, Any]) -> Table:
+def _from_json(value: float | None) -> float:
+    """A number of a summary, in which None stands for infinity."""
+    return math.inf if value is None else value
+
+
+def _comparison_table(report: dict[str, Any]) -> Table:
     title = "Against the exact transfer operator, on what was not fitted"
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in ("", "uncorrected", "corrected"):
         table.add_column(name, justify="left" if not name else "right")
-    lags = f"{report['lags'][0]} to {report['lags'][-1]}"
     for name in HELD_OUT:
-        if name not in (config.observable.a, config.observable.b):
+        lags = report["correlations"][name]["compared_lags"]
+        if lags:
             error = report["correlations"][name]["mean_abs_error"]
-            label = f"mean |error| of C(lag) of {name}, lags {lags}"
+            label = f"mean |error| of C(lag) of {name}, lags {lags[0]} to {lags[-1]}"
             table.add_row(label, f"{error['uncorrected']:.3f}", f"{error['corrected']:.3f}")
     variation = report["total_variation"]
     label = f"total variation (noise floor {variation['noise_floor']:.4f})"

@@ -31,10 +31,11 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, which has no infinity: None stands for it."""
-        numbers = {"mean": self.mean, "sd": self.sd, "hdi_94": list(self.hdi_94)}
+        low, high = self.hdi_94
         return {
-            name: [_finite(v) for v in value] if isinstance(value, list) else _finite(value)
-            for name, value in numbers.items()
+            "mean": _finite(self.mean),
+            "sd": _finite(self.sd),
+            "hdi_94": [_finite(low), _finite(high)],
         }
 
 

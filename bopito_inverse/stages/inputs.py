@@ -166,7 +166,8 @@ def read_n_int(config: Config) -> float:
         return config.sample.n_int
     path = find_summary(config)
     try:
-        return float(json.loads(path.read_text())["n_int"]["mean"])
+        mean = json.loads(path.read_text())["n_int"]["mean"]
+        return math.inf if mean is None else float(mean)
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not a summary that `fit` wrote; run `fit` again") from None
 
