@@ -1,6 +1,7 @@
 """Arguments: what a caller passes, turned into what the code computes with, or refused by name."""
 
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -27,11 +28,12 @@ def as_device(device: str | torch.device) -> torch.device:
     return torch.device(device)
 
 
-def as_generator(seed: Seed, device: torch.device, *stream: int) -> torch.Generator:
+def as_generator(seed: Seed, device: torch.device, *stream: str | int) -> torch.Generator:
     """A generator on `device` from an integer seed; a generator is passed through.
 
-    Integers in `stream` select statistically independent streams of one seed, so that chunk 7 of
-    a run draws the same numbers whether or not the run was interrupted before it.
+    `stream` selects one of many independent streams of a seed, by what it is for and by number:
+    chunk 7 of a run draws the same numbers whether or not the run was interrupted before it, and
+    two users of one seed share none.
     """
     if isinstance(seed, torch.Generator):
         if seed.device.type != device.type:
@@ -39,7 +41,8 @@ def as_generator(seed: Seed, device: torch.device, *stream: int) -> torch.Genera
         return seed
     if seed < 0:
         raise ValueError(f"seed must be a non-negative integer, got {seed}")
-    state = np.random.SeedSequence([int(seed), *stream]).generate_state(1, np.uint64)
+    key = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in stream]
+    state = np.random.SeedSequence(int(seed), spawn_key=key).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(state[0] >> np.uint64(1)))
 
 

@@ -154,7 +154,8 @@ class Prediction:
         starts = self._chunks()[chunk]
         k, pairs = len(n_int), len(starts)
         x_0 = starts.repeat(2 * k, *[1] * (starts.ndim - 1))
-        normal = Normal(as_generator(self.seed, self.device, chunk), antithetic=True, copies=k)
+        generator = as_generator(self.seed, self.device, "prediction", chunk)
+        normal = Normal(generator, antithetic=True, copies=k)
         n = n_int.repeat_interleave(2 * pairs)
         steps = self.step.frames(self.model, x_0, n, self.n_steps, normal)
         return torch.stack([x_0, *steps]).unflatten(1, (k, 2, pairs))
@@ -162,7 +163,7 @@ class Prediction:
 
 def _resample(frames: Frames, n: int, seed: int) -> Tensor:
     """Systematic resample of weighted frames in random order: each appears n w times, +-1."""
-    generator = as_generator(seed, frames.x.device, 2**31)
+    generator = as_generator(seed, frames.x.device, "starts")
     u = torch.rand((), generator=generator, device=frames.x.device, dtype=torch.float64)
     levels = (torch.arange(n, device=frames.x.device) + u) / n
     cumulative = frames.weights.cumsum(0)

@@ -54,7 +54,8 @@ class _Training(pl.LightningModule):
         self.seed = seed
 
     def training_step(self, batch: Any, index: int) -> Tensor:
-        return self.loss(self.score, as_generator(self.seed, self.device, self.global_step))
+        generator = as_generator(self.seed, self.device, "training", self.global_step)
+        return self.loss(self.score, generator)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

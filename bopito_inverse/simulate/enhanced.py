@@ -207,7 +207,7 @@ def umbrella(
     c, k = (part.to(target) for part in _as_windows(system, centers, stiffness))
     centre, spring = (v.float().repeat_interleave(n_walkers)[:, None] for v in (c, k))
     frames = centre.new_empty(len(centre), 1 + burn_in + stride * (n_frames // n_walkers), 1)
-    generator = as_generator(seed, target)
+    generator = as_generator(seed, target, "umbrella")
     record(system, centre, frames, generator, bias=lambda x: spring * (centre - x))
     kept = frames[:, burn_in + stride :: stride].reshape(len(c), n_frames, 1)
     return BiasedSamples.harmonic(kept, c, k, system.kT, n_walkers, system.name)

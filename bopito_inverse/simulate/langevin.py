@@ -70,7 +70,15 @@ system='OrnsteinUhlenbeck')
     frames = x.new_empty(len(x), n_frames, *system.event_shape)
     with _progress_bar(progress, len(chunks) * (n_frames - 1)) as advance:
         for i, (chunk, out) in enumerate(zip(chunks, frames.split(len(chunks[0])), strict=True)):
-            record(system, chunk, out, as_generator(seed, target, i), barrier, bias, advance)
+            record(
+                system,
+                chunk,
+                out,
+                as_generator(seed, target, "langevin", i),
+                barrier,
+                bias,
+                advance,
+            )
     _refuse_blown_up(frames, system)
     return Trajectories(frames, system.frame_time, system.name)
 

@@ -51,7 +51,7 @@ def compare(
     uncorrected = _uncorrected(config, model, starts[:N_UNCORRECTED], seed)
     models = {"uncorrected": uncorrected, "corrected": corrected}
     n_frames = len(corrected.frames) - len(corrected)
-    floor = exact.sample(n_frames, as_generator(seed, torch.device("cpu"), 1 << 31))
+    floor = exact.sample(n_frames, as_generator(seed, torch.device("cpu"), "floor"))
     edges = bins(exact)
     variation = {name: total_variation(exact, edges, later(x)) for name, x in models.items()}
     lags = config.section("step").step_lag * np.arange(1, 1 + min(LONGEST, config.sample.n_steps))

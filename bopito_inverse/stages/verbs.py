@@ -199,7 +199,7 @@ def sample(config: Config, say: Say = silent, progress: bool = False) -> None:
     step, frames = inputs.read_step(config, model), inputs.read_frames(config)
     n_int = inputs.read_n_int(config)
     seed = _seed(config, "sample")
-    x_0 = frames.sample(section.n_trajectories, as_generator(seed, torch.device("cpu"), 1 << 31))
+    x_0 = frames.sample(section.n_trajectories, as_generator(seed, torch.device("cpu"), "starts"))
 
     def make(folder: Path) -> None:
         out = folder / "trajectories.npz"
