@@ -244,9 +244,6 @@ def _result(
         "prediction": predicted.reshape(*shape, -1),
     }
     noise = rng.multivariate_normal(np.zeros(len(exp)), exp.covariance, size=u.size)
-    mean = np.stack([np.interp(u, posterior.u, g) for g in posterior.prediction.T], axis=-1)
-    variance = np.diagonal(posterior.covariance, axis1=1, axis2=2)
-    sd = np.sqrt(np.stack([np.interp(u, posterior.u, v) for v in variance.T], axis=-1))
     scalars: dict[str, Any] = {
         "lag_max": model.lag_max,
         "lambda_hat": model.lambda_hat,
@@ -269,7 +266,7 @@ def _result(
         idata=inference_data(
             draws,
             draws["prediction"] + noise.reshape(*shape, -1),
-            norm.logpdf(exp.values, mean, sd),
+            _pointwise(posterior, u),
             exp.values,
             {"sigma": exp.sigma, **scalars},
             exp.lags,
@@ -278,6 +275,17 @@ def _result(
         _prediction=prediction,
         **scalars,
     )
+
+
+def _pointwise(posterior: _Posterior, u: np.ndarray) -> np.ndarray:
+    """Log likelihood of each point by itself at each draw, (CHAINS, DRAWS, L)."""
+    variance = np.diagonal(posterior.covariance, axis1=1, axis2=2)
+
+    def at(columns: np.ndarray) -> np.ndarray:
+        return np.stack([np.interp(u, posterior.u, column) for column in columns.T], axis=-1)
+
+    sd = np.sqrt(at(variance))
+    return norm.logpdf(posterior.exp.values, at(posterior.prediction), sd)
 
 
 def _given_data(

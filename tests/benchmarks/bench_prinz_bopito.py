@@ -1,6 +1,6 @@
-"""BoPITO trained on unbiased Prinz data: accuracy of one step against the exact operator, and speed.
+"""BoPITO trained on unbiased Prinz data: accuracy of one step, and speed.
 
-    python tests/benchmarks/bench_prinz_bopito.py [--steps 10000]      (about ten minutes on 2 cores)
+    python tests/benchmarks/bench_prinz_bopito.py [--steps 10000]      (about ten minutes)
 
 5,000 trajectories of 2,000 frames from equilibrium, lag_max 1000, as in the peer's workload. The
 one-step correlation is an integral over two numbers, x_0 and the noise, made by a 256 x 256
