@@ -101,7 +101,9 @@ class Prediction:
         """The predicted observable at each lag, (L,), float64, differentiable in `n_int` ().
 
         The derivative is made in forward mode beside the value, so that memory does not grow with
-        the number of steps; backward then multiplies by it.
+        the number of steps; backward then multiplies by it. It is the derivative along each
+        rollout: at lags of several steps, where a small change tips few walkers over a barrier by
+        much, it is a noisy estimate, and differences of `at` over a finite step are better.
         """
         n = torch.as_tensor(n_int, dtype=torch.float32, device=self.device)
         if n.ndim != 0:
