@@ -5,7 +5,6 @@ from scipy.stats import chi2
 
 POOR_FIT = 1e-3
 MONTE_CARLO_LIMIT = 0.5
-EDGE_DENSITY = 0.1
 
 
 class Status(str):
@@ -19,35 +18,33 @@ class Status(str):
         status.message = message
         return status
 
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
+        """What a copy in another process is made from."""
+        return str(self), self.message
 
-def judge(
-    u: np.ndarray,
-    density: np.ndarray,
-    limits: tuple[float, float],
-    p_value: float,
-    monte_carlo_share: float,
-) -> Status:
-    """The status of a posterior density on a grid of the coordinate u.
+
+def judge(leans_fast: bool, leans_slow: bool, p_value: float, monte_carlo_share: float) -> Status:
+    """The status of a posterior.
 
     Args:
-        u: grid (G,).
-        density: posterior density on it (G,).
-        limits: ends of the family, equilibrium at once and the shortest lag.
-        p_value: posterior predictive p-value of the squared residual.
+        leans_fast: whether it leans on w = 0, equilibrium in one step.
+        leans_slow: whether it leans on the shortest lag.
+        p_value: chance of a larger squared residual at the best n_int.
         monte_carlo_share: part of the posterior variance that more replicas would remove.
     """
-    peak = density.max()
-    if u[0] <= limits[0] and density[0] > EDGE_DENSITY * peak:
+    misfit = f" (and no n_int explains the data, p = {p_value:.1g})" if p_value < POOR_FIT else ""
+    if leans_fast:
         return Status(
             "bound",
             "the data do not exclude full relaxation in one step (w = 0): read the interval as a "
-            "lower bound on n_int. Measure shorter lags, or take a shorter step_lag",
+            f"lower bound on n_int. Measure shorter lags, or take a shorter step_lag{misfit}",
         )
-    if u[-1] >= limits[1] and density[-1] > EDGE_DENSITY * peak:
+    if leans_slow:
         return Status(
             "bound",
             "the data are slower than the model at its shortest lag: read the interval as a lower "
-            "bound on the timescale. Take a longer step_lag, or check the units of the lags",
+            "bound on the timescale. Take a longer step_lag, or check the units of the lags"
+            f"{misfit}",
         )
     if p_value < POOR_FIT:
         return Status(

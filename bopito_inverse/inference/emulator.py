@@ -44,12 +44,6 @@ class Coordinate:
         above = self.lambda_hat ** np.maximum(n - self.lag_max, 0)
         return np.where(n >= self.lag_max, above, 2 - n / self.lag_max)
 
-    def log_jacobian(self, u: np.ndarray) -> np.ndarray:
-        """log |dn / du|."""
-        with np.errstate(divide="ignore"):
-            above = -np.log(np.clip(u, 0, 1)) - math.log(-math.log(self.lambda_hat))
-        return np.where(u <= 1, above, math.log(self.lag_max))
-
     def weight(self, u: np.ndarray) -> np.ndarray:
         """Weight of the dynamic score, one below N_max."""
         return np.minimum(u, 1.0)

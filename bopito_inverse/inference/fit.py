@@ -37,6 +37,9 @@ CHAINS, DRAWS = 4, 1000
 GRID = 1001
 PILOT_NODES, PILOT_SHARE = 9, 8
 PILOT_DROP = 12.0  # log density below the peak at which the final interval ends
+CUT_DENSITY = 1e-4  # density over its peak above which an interval is too narrow
+PRIOR_LEVELS = np.linspace(1e-6, 1 - 1e-6, 501)  # quantiles of a prior that the grid holds
+EDGE_WIDTH, EDGE_MASS, EDGE_LIKELIHOOD = 0.02, 0.01, 0.1  # in u: a posterior that leans on an end
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class FitResult:
         map: n_int at the maximum of the posterior density of u.
         status: `ok`, or a code with a `message` that says what to do.
         ess_bulk: effective sample size of the draws.
-        p_value: posterior predictive p-value of the squared residual.
+        p_value: chance of a larger squared residual than that at `map` (chi-squared).
         monte_carlo_share: part of the posterior variance of u that more replicas would remove.
         idata: ArviZ InferenceData.
         lag_max, lambda_hat, step_lag, n_replicas, seed: what the fit was made with.
@@ -81,7 +84,6 @@ class FitResult:
         scalars = {
             name: getattr(self, name)
             for name in (
-                "map",
                 "ess_bulk",
                 "p_value",
                 "monte_carlo_share",
@@ -92,6 +94,7 @@ class FitResult:
                 "seed",
             )
         }
+        scalars["map"] = self.map if math.isfinite(self.map) else None
         return estimates | scalars | {"status": str(self.status), "message": self.status.message}
 
     def __str__(self) -> str:
@@ -165,14 +168,22 @@ def fit(
     pilot_replicas = max(256, as_count("n_replicas", n_replicas, 4) // PILOT_SHARE)
     pilot = Emulator(predict(min(pilot_replicas, n_replicas)), coordinate, whole, PILOT_NODES)
     prediction = predict(n_replicas)
-    interval = _interval(_Posterior(pilot, exp, prediction.steps, prior, mc_scale=4.0))
-    emulator = Emulator(prediction, coordinate, interval)
-    posterior = _Posterior(emulator, exp, prediction.steps, prior)
+    wider = _interval(_Posterior(pilot, exp, prediction.steps, prior, mc_scale=4.0))
+    interval = None
+    while wider != interval:
+        interval = wider
+        emulator = Emulator(prediction, coordinate, interval)
+        posterior = _Posterior(emulator, exp, prediction.steps, prior)
+        wider = posterior.wider()
     return _result(posterior, prediction, model, step, n_replicas, seed)
 
 
 class _Posterior:
-    """The posterior density of u on the grid of an emulator's interval."""
+    """The posterior density on a grid of an emulator's interval.
+
+    The density is that of `axis`, u for the default prior and -n_int for a prior on n_int, which
+    is as well behaved as that prior; either increases with u.
+    """
 
     def __init__(
         self,
@@ -183,23 +194,46 @@ class _Posterior:
         mc_scale: float = 1.0,
     ) -> None:
         self.emulator, self.exp, self.columns = emulator, exp, steps - 1
-        self.u = np.linspace(*emulator.interval, GRID)
+        self.u = _grid(emulator, prior)
+        self.axis = self.u if prior is None else -emulator.coordinate.n_int(self.u)
         mean, covariance = emulator(self.u)
         self.prediction = mean[:, self.columns]
         self.residual = exp.values - self.prediction
         self.covariance = exp.covariance + mc_scale * _block(covariance, self.columns)
         self.log_prior = _log_prior(prior, emulator.coordinate, self.u)
-        self.log_density = self.log_prior + _log_normal(self.residual, self.covariance)
+        self.log_likelihood = _log_normal(self.residual, self.covariance)
+        self.log_density = self.log_prior + self.log_likelihood
+        if not np.isfinite(self.log_density).any():
+            raise ValueError("prior must have density where the model can be, n_int above 1 frame")
         self.density = self._normalised(self.log_density)
 
     def _normalised(self, log_density: np.ndarray) -> np.ndarray:
         density = np.exp(log_density - np.nanmax(log_density))
-        return density / np.trapezoid(density, self.u)
+        return density / np.trapezoid(density, self.axis)
+
+    def wider(self) -> tuple[float, float]:
+        """The interval, extended by its length where the posterior does not end before it."""
+        low, high = self.emulator.interval
+        family, limit = self.emulator.coordinate, CUT_DENSITY * self.density.max()
+        left, right = self.density[0] > limit, self.density[-1] > limit
+        return (
+            max(family.low, 2 * low - high) if left else low,
+            min(family.high, 2 * high - low) if right else high,
+        )
+
+    def leans(self, edge: float) -> bool:
+        """Whether neither the data nor the prior exclude an end of the family."""
+        if edge not in self.emulator.interval:
+            return False
+        near = np.abs(self.u - edge) <= EDGE_WIDTH
+        likelihood = np.exp(self.log_likelihood[near].max() - self.log_likelihood.max())
+        mass = np.trapezoid(np.where(near, self.density, 0.0), self.axis)
+        return bool(likelihood > EDGE_LIKELIHOOD and mass > EDGE_MASS)
 
     def variance(self, density: np.ndarray) -> float:
         """Variance of u under a density on the grid."""
-        mean = np.trapezoid(density * self.u, self.u)
-        return float(np.trapezoid(density * (self.u - mean) ** 2, self.u))
+        mean = np.trapezoid(density * self.u, self.axis)
+        return float(np.trapezoid(density * (self.u - mean) ** 2, self.axis))
 
     def monte_carlo_share(self) -> float:
         """1 - (variance with no Monte Carlo noise) / variance."""
@@ -210,8 +244,9 @@ class _Posterior:
     def draws(self, rng: np.random.Generator) -> np.ndarray:
         """Draws of u, (CHAINS, DRAWS), one from each of equally likely strata."""
         n = CHAINS * DRAWS
-        cdf = np.concatenate([[0], np.cumsum(np.diff(self.u) * _midpoints(self.density))])
-        u = np.interp((np.arange(n) + rng.random(n)) / n, cdf / cdf[-1], self.u)
+        cdf = np.concatenate([[0], np.cumsum(np.diff(self.axis) * _midpoints(self.density))])
+        drawn = np.interp((np.arange(n) + rng.random(n)) / n, cdf / cdf[-1], self.axis)
+        u = drawn if self.axis is self.u else self.emulator.coordinate.from_n_int(-drawn)
         return rng.permutation(u).reshape(CHAINS, DRAWS)
 
 
@@ -259,7 +294,7 @@ def _result(
         weight=estimate(draws["weight"]),
         timescale=estimate(draws["timescale"]),
         map=float(coordinate.n_int(posterior.u[best])),
-        status=judge(posterior.u, posterior.density, (coordinate.low, coordinate.high), p, share),
+        status=judge(posterior.leans(coordinate.low), posterior.leans(coordinate.high), p, share),
         ess_bulk=ess_bulk(u),
         p_value=p,
         monte_carlo_share=share,
@@ -308,19 +343,30 @@ def _given_data(
     return drawn[:, -1], drawn[:, :-1]
 
 
-def _log_prior(prior: Any, coordinate: Coordinate, u: np.ndarray) -> np.ndarray:
+def _grid(emulator: Emulator, prior: Any) -> np.ndarray:
+    """Where the posterior is computed: even in u, and at the quantiles of a prior on n_int."""
+    low, high = emulator.interval
+    u = np.linspace(low, high, GRID)
     if prior is None:
-        return np.zeros_like(u)
+        return u
+    _check(prior, emulator.coordinate)
+    n = prior.ppf(PRIOR_LEVELS)
+    beyond = np.array([n[0] - 1e-3 * np.ptp(n), n[-1] + 1e-3 * np.ptp(n)])  # ends of a box
+    own = emulator.coordinate.from_n_int(np.maximum(np.concatenate([n, beyond]), 1e-9))
+    u = np.unique(np.concatenate([u, own[(own > low) & (own < high)]]))
+    return u[u > 0]
+
+
+def _check(prior: Any, coordinate: Coordinate) -> None:
     if not hasattr(prior, "logpdf"):
         raise ValueError(f"prior must be a frozen scipy.stats distribution, got {prior!r}")
     shortest = float(coordinate.n_int(np.array(coordinate.high)))
     if not prior.sf(shortest) > 0:
         raise ValueError(f"prior must have mass at n_int above {shortest:g} frames, got none")
-    n = coordinate.n_int(u)
-    finite = np.isfinite(n)
-    value = np.full_like(u, -np.inf)
-    value[finite] = prior.logpdf(n[finite]) + coordinate.log_jacobian(u[finite])
-    return value
+
+
+def _log_prior(prior: Any, coordinate: Coordinate, u: np.ndarray) -> np.ndarray:
+    return np.zeros_like(u) if prior is None else prior.logpdf(coordinate.n_int(u))
 
 
 def _log_normal(residual: np.ndarray, covariance: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ from bopito_inverse.sampling.rollout import Normal, Rollout
 from bopito_inverse.sampling.sample import BATCH_SIZE
 
 PAIRS_PER_CHUNK = 1024
+FEW_COMPONENTS = 3  # numbers in a frame up to which each is a basis for the timescale
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,10 @@ class Prediction:
         self.steps = self.steps_of(lags)
         self.seed = seed
         self.n_pairs = (as_count("n_replicas", n_replicas, 4) + 1) // 2
-        frames = starts if isinstance(starts, Frames) else Frames(starts)
-        as_frames("starts", frames.x[:1], model.event_shape)
-        self.starts = _resample(frames.to(self.device), self.n_pairs, seed)
+        if not isinstance(starts, Frames):
+            starts = Frames(as_frames("starts", starts))
+        as_frames("starts", starts.x[:1], model.event_shape)
+        self.starts = _resample(starts.to(self.device), self.n_pairs, seed)
 
     @property
     def n_steps(self) -> int:
@@ -108,6 +110,8 @@ class Prediction:
         n = torch.as_tensor(n_int, dtype=torch.float32, device=self.device)
         if n.ndim != 0:
             raise ValueError(f"n_int must be one number, got shape {tuple(n.shape)}")
+        if not n > 0:
+            raise ValueError(f"n_int must be above zero (inf allowed), got {float(n)}")
         with torch.no_grad():
             if not n.requires_grad:
                 return self._observe(n)
@@ -135,8 +139,11 @@ class Prediction:
         return self.obs(frames[0], frames[torch.as_tensor(self.steps)])
 
     def _series(self, frames: Tensor) -> Tensor:
-        functions = [self.obs.a] if self.obs.b is self.obs.a else [self.obs.a, self.obs.b]
+        """What the slowest relaxation is looked for in, (n, n_steps + 1, R)."""
         flat = frames.flatten(0, 1)
+        if flat[0].numel() <= FEW_COMPONENTS:  # all that happens, not only what is observed
+            return flat.flatten(1).T.reshape(-1, *frames.shape[:2])
+        functions = [self.obs.a] if self.obs.b is self.obs.a else [self.obs.a, self.obs.b]
         return torch.stack([f(flat).reshape(frames.shape[:2]) for f in functions])
 
     def _frames(self, n_int: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ def second_eigenvalue(series: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
     koopman = root.T @ c_1 @ root
     values, right = torch.linalg.eig(koopman)
     left_values, left = torch.linalg.eig(koopman.T)
+    if len(values) < 2:
+        raise ValueError("obs must vary between the predicted frames, got a constant")
     second = values.real.argsort(descending=True)[1]
     value = values[second].real
     match = (left_values - values[second]).abs().argmin()

@@ -15,7 +15,7 @@ counts frames and may be any real number above zero.
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +24,7 @@ from bopito_inverse.models.networks import MLP
 from bopito_inverse.noise import Scaling, VPSchedule, per_replica
 
 BoundScore = Callable[[Tensor, Tensor], Tensor]
-
-
-class ConditionalScore(Protocol):
-    """What every conditional score offers, whether exact or trained."""
-
-    noise: VPSchedule
-    scaling: Scaling
-    event_shape: tuple[int, ...]
-
-    def bind(self, x_0: Tensor, lag: Tensor) -> BoundScore:
-        """The score as a function of (x_t, t), with all that depends on (x_0, lag) done once."""
-        ...
+"""A score whose conditioning is fixed: (x_t (B, *event), t ()) -> eps (B, *event)."""
 
 
 class _NetworkScore(nn.Module):

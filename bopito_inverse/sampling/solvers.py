@@ -20,10 +20,8 @@ import torch
 from torch import Tensor
 
 from bopito_inverse.arguments import as_count
+from bopito_inverse.models.scores import BoundScore
 from bopito_inverse.noise import VPSchedule
-
-BoundScore = Callable[[Tensor, Tensor], Tensor]
-"""A score whose conditioning is fixed: (x_t (B, *event), t ()) -> eps (B, *event)."""
 
 NormalDraw = Callable[[Tensor], Tensor]
 """Standard normal numbers, shaped like the argument."""

@@ -9,6 +9,7 @@ that no result is ever overwritten by that of another configuration.
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -64,7 +65,7 @@ class Job:
         manifest["outputs"] = _hashes(self.folder)
         manifest["finished"] = _now()
         manifest["wall_time_s"] = round(time.perf_counter() - clock, 3)
-        _write_json(self.folder / MANIFEST, manifest)
+        write_json(self.folder / MANIFEST, manifest)
 
     def state(self) -> State:
         """How far the folder is.
@@ -138,7 +139,7 @@ class Job:
             "wall_time_s": None,
             "outputs": {},
         }
-        _write_json(self.folder / MANIFEST, manifest)
+        write_json(self.folder / MANIFEST, manifest)
         return manifest
 
 
@@ -166,8 +167,17 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file; null stands for infinity and NaN, which JSON lacks."""
+    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _sums(inputs: Mapping[str, Any]) -> dict[str, str]:

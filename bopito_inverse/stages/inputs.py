@@ -160,14 +160,15 @@ def find_summary(config: Config) -> Path:
     return path
 
 
-def read_n_int(config: Config) -> float:
-    """The n_int that is sampled: that of `[sample]`, or else the posterior mean."""
+def read_n_int(config: Config) -> tuple[float, str]:
+    """The n_int of `[sample]`, or else the posterior mean, and the status of the fit."""
     if config.sample.n_int is not None:
-        return config.sample.n_int
+        return config.sample.n_int, "ok"
     path = find_summary(config)
     try:
-        mean = json.loads(path.read_text())["n_int"]["mean"]
-        return math.inf if mean is None else float(mean)
+        summary = json.loads(path.read_text())
+        mean = summary["n_int"]["mean"]
+        return math.inf if mean is None else float(mean), str(summary["status"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not a summary that `fit` wrote; run `fit` again") from None
 

@@ -9,7 +9,6 @@
 They meet through files alone, so that any of them can be replaced by files of another origin.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from bopito_inverse.inference.posterior import write_netcdf
 from bopito_inverse.sampling import sample as sample_trajectories
 from bopito_inverse.simulate import Reweighting, langevin, mbar, umbrella
 from bopito_inverse.stages import comparison, inputs
-from bopito_inverse.stages.folder import Job, Say, silent, write_text
+from bopito_inverse.stages.folder import Job, Say, silent, write_json
 
 PURPOSES = ("starts", "biased", "umbrella", "equilibrium", "dynamic", "sample", "comparison")
 
@@ -65,6 +64,10 @@ def job(config: Config, verb: str) -> Job:
     files = {name: inputs.find(config, name) for name in INPUTS[verb]}
     if verb == "fit":
         settings["experiment"] = {"fit_lags": config.section("experiment").fit_lags}
+        files |= inputs.experiment_files(config)
+    if verb == "sample" and config.experiment is not None:  # what the comparison leaves out
+        settings["observable"] = config.observable.model_dump(mode="json")
+        settings["experiment"] = {"fit_lags": config.experiment.fit_lags}
         files |= inputs.experiment_files(config)
     if verb == "sample" and config.sample.n_int is None:
         files["fit"] = inputs.find_summary(config)
@@ -116,7 +119,7 @@ def reweight(config: Config, say: Say = silent, progress: bool = False) -> None:
     def make(folder: Path) -> None:
         result = mbar(biased, config.reweight.min_overlap)
         report = _plain(result)
-        write_text(folder / "reweighting.json", json.dumps(report, indent=2) + "\n")
+        write_json(folder / "reweighting.json", report)
         if result.status != "ok":
             path = inputs.path_of(config, "umbrella")
             raise ValueError(f"the weights of {path} are unreliable: {result.status}")
@@ -197,7 +200,9 @@ def sample(config: Config, say: Say = silent, progress: bool = False) -> None:
     section = config.sample
     model = inputs.read_model(config)
     step, frames = inputs.read_step(config, model), inputs.read_frames(config)
-    n_int = inputs.read_n_int(config)
+    n_int, status = inputs.read_n_int(config)
+    if status != "ok":
+        say(f"  warning: the fit says {status}; see fit/summary.json before you use these frames")
     seed = _seed(config, "sample")
     x_0 = frames.sample(section.n_trajectories, as_generator(seed, torch.device("cpu"), "starts"))
 
@@ -223,9 +228,7 @@ def sample(config: Config, say: Say = silent, progress: bool = False) -> None:
             report = comparison.compare(
                 config, folder, model, x_0, Trajectories.read(out), _seed(config, "comparison")
             )
-        write_text(
-            folder / "comparison.json", json.dumps(report | {"n_int": n_int}, indent=2) + "\n"
-        )
+        write_json(folder / "comparison.json", report | {"n_int": n_int})
         tv = report["total_variation"]
         say(
             f"  total variation from the exact density: {tv['corrected']:.4f} "
@@ -240,7 +243,7 @@ def _write_result(result: FitResult, folder: Path) -> None:
     partial.unlink(missing_ok=True)
     write_netcdf(result.idata, partial)
     os.replace(partial, folder / "posterior.nc")
-    write_text(folder / "summary.json", json.dumps(result.summary(), indent=2) + "\n")
+    write_json(folder / "summary.json", result.summary())
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from bopito_inverse.systems.potentials import Potential1D
 
 Observable = Callable[[Tensor], Tensor]
 LOG_DENSITY_FLOOR = -80.0
+HIGHEST_ENERGY = 70.0  # kT; exp(-35) is the rounding error of an eigenvector
 LAGS_KEPT = 32  # an exact score remembers the densities of this many lags
 
 
@@ -57,6 +58,11 @@ class TransferOperator:
         self.grid = np.linspace(low, high, as_count("grid_size", grid_size, 10))
         self.spacing = self.grid[1] - self.grid[0]
         u = system.energy(self.grid) / system.kT
+        if not np.ptp(u) <= HIGHEST_ENERGY:
+            raise ValueError(
+                f"bounds of {system.name} span {np.ptp(u):.0f} kT of energy, expected at most "
+                f"{HIGHEST_ENERGY:g}: rows of the operator so far up would be lost to rounding"
+            )
         log_mu = -u - logsumexp(-u)
         self._mu = np.exp(log_mu)
         self.stationary = self._mu / self.spacing

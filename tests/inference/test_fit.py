@@ -1,9 +1,11 @@
+import copy
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import kstest, lognorm, norm
+from scipy.stats import kstest, lognorm, norm, uniform
 
 import bopito_inverse as bi
 from bopito_inverse.inference.posterior import read_netcdf, write_netcdf
@@ -121,6 +123,43 @@ def test_prior_on_n_int_is_the_posterior_where_data_say_nothing() -> None:
     result = fit(experiment(20.0, sigma=50.0), n_replicas=128, prior=prior)
     draws = result.idata.posterior["n_int"].values.ravel()
     assert kstest(draws, prior.cdf).statistic < 0.01
+
+
+def test_prior_far_beyond_the_data_and_one_narrower_than_the_grid() -> None:
+    far = fit(experiment(20.0, sigma=50.0), n_replicas=64, prior=uniform(5000, 1000))
+    assert 5000 < far.n_int.hdi_94[0] < far.n_int.hdi_94[1] < 6000
+    narrow = fit(experiment(20.0, sigma=50.0), n_replicas=64, prior=uniform(18, 0.01))
+    assert narrow.n_int.mean == pytest.approx(18.005, abs=0.002)
+
+
+def test_broad_prior_does_not_hide_a_bound() -> None:
+    relaxed = bi.observables.Experiment(LAGS, np.zeros(5), np.full(5, 0.02))
+    result = fit(relaxed, n_replicas=512, prior=uniform(1, 3000))
+    assert result.status == "bound"
+    assert result.n_int.hdi_94[1] > 2500
+
+
+def test_status_survives_a_copy(slow) -> None:
+    copied = copy.deepcopy(slow.status)
+    assert copied == slow.status
+    assert copied.message == slow.status.message
+
+
+def test_interval_is_widened_until_it_holds_the_posterior(monkeypatch) -> None:
+    module = sys.modules["bopito_inverse.inference.fit"]
+    monkeypatch.setattr(module, "_interval", lambda pilot: (1.0, 1.05))
+    result = fit(experiment(40.0, seed=1), n_replicas=512)
+    assert result.n_int.hdi_94[0] < 10.0 < result.n_int.hdi_94[1]
+
+
+def test_timescale_is_that_of_the_step_whatever_is_observed() -> None:
+    obs = bi.observables.Correlation(lambda x: x**2, normalization="variance")
+    step = Rollout([Interpolate()], STEP_LAG, DPMSolver(12))
+    starts = EXACT.sample(4000, torch.Generator().manual_seed(7))
+    values = np.exp(-2 * LAGS / 40.0)  # x^2 relaxes at twice the rate of x
+    exp = bi.observables.Experiment(LAGS, values, np.full(5, 0.02))
+    result = bi.inference.fit(model(), step, obs, exp, starts, n_replicas=2048)
+    assert result.timescale.hdi_94[0] < 40.0 < result.timescale.hdi_94[1]
 
 
 def test_informative_prior_moves_the_posterior(slow) -> None:

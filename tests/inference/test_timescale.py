@@ -51,6 +51,11 @@ def test_two_states_that_never_mix_have_eigenvalue_one() -> None:
     assert float(value) == pytest.approx(1.0, abs=1e-3)
 
 
+def test_a_constant_is_refused() -> None:
+    with pytest.raises(ValueError, match="obs must vary"):
+        second_eigenvalue(torch.ones(1, 4, 10))
+
+
 def test_timescale_limits() -> None:
     eigenvalue = torch.tensor([-0.1, 0.0, np.exp(-0.5), 1.0], dtype=torch.float64)
     assert timescale(eigenvalue, 100).tolist() == [0.0, 0.0, pytest.approx(200.0), float("inf")]

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from bopito_inverse.models import BoPITOScore
 from bopito_inverse.noise import VPSchedule
-from bopito_inverse.systems import DoubleWell, OrnsteinUhlenbeck, Prinz, TransferOperator
+from bopito_inverse.systems import (
+    DoubleWell,
+    OrnsteinUhlenbeck,
+    Potential1D,
+    Prinz,
+    TransferOperator,
+)
 
 LAMBDA_HAT = 0.994
 OU = OrnsteinUhlenbeck(stiffness=2, kT=1.5, friction=0.7, steps_per_frame=20)
@@ -443,3 +449,9 @@ def test_exact_scores_on_cuda(coarse: TransferOperator) -> None:
     on_cpu = bopito(x, t, x.flip(0), lag)
     on_gpu = bopito.cuda()(x.cuda(), t.cuda(), x.flip(0).cuda(), lag.cuda())
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=1e-3, rtol=1e-3)
+
+
+def test_bounds_far_up_the_walls_are_refused() -> None:
+    system = Potential1D(lambda x: 10 * x**2, bounds=(-5, 5), name="steep")
+    with pytest.raises(ValueError, match="bounds of steep span 250 kT of energy"):
+        TransferOperator(system)
