@@ -103,6 +103,7 @@ def main() -> None:
         "worst_abs_error": float(np.abs(error).max()),
         "quadrature_error": float(spread.max()),
         "data_mean_abs_error": float(np.abs(data).mean()),
+        "data_worst_abs_error": float(np.abs(data).max()),
         "samples_per_second": rate,
         "simulation_s": simulated,
         "training_s": trained,
