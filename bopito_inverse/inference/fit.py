@@ -50,7 +50,7 @@ class FitResult:
         n_int: interpolation parameter, in frames.
         weight: w = lambda_hat^(n_int - lag_max).
         timescale: implied timescale of the composite step, in frames.
-        map: n_int at the maximum of the posterior density of u.
+        map: n_int at the maximum of the density of u, or of n_int where it has a prior.
         status: `ok`, or a code with a `message` that says what to do.
         ess_bulk: effective sample size of the draws.
         p_value: chance of a larger squared residual than that at `map` (chi-squared).
@@ -160,6 +160,8 @@ def fit(
         raise ValueError(f"exp must hold one observable, got {exp.observables}; use exp.select")
     exp.steps(step.step_lag)
     coordinate = Coordinate(model.lag_max, model.lambda_hat)
+    if prior is not None:
+        _check(prior, coordinate)
     whole = (coordinate.low, coordinate.high)
 
     def predict(replicas: int) -> Prediction:
@@ -349,7 +351,6 @@ def _grid(emulator: Emulator, prior: Any) -> np.ndarray:
     u = np.linspace(low, high, GRID)
     if prior is None:
         return u
-    _check(prior, emulator.coordinate)
     n = prior.ppf(PRIOR_LEVELS)
     beyond = np.array([n[0] - 1e-3 * np.ptp(n), n[-1] + 1e-3 * np.ptp(n)])  # ends of a box
     own = emulator.coordinate.from_n_int(np.maximum(np.concatenate([n, beyond]), 1e-9))
@@ -358,6 +359,7 @@ def _grid(emulator: Emulator, prior: Any) -> np.ndarray:
 
 
 def _check(prior: Any, coordinate: Coordinate) -> None:
+    """Refuse what is no distribution, or has no mass in the family, before anything is computed."""
     if not hasattr(prior, "logpdf"):
         raise ValueError(f"prior must be a frozen scipy.stats distribution, got {prior!r}")
     shortest = float(coordinate.n_int(np.array(coordinate.high)))
