@@ -5,15 +5,26 @@ r"""What a model predicts for an experiment, at any n_int.
 by Monte Carlo over replicas. The same starts and the same noise are used at every n_int (common
 random numbers), so that g is a smooth function of n_int, and replicas come in antithetic pairs,
 with the same start and opposite noise.
+
+A replica r depends on its own n_int alone, so that one pass in forward mode, with the tangent one
+for every replica, gives all derivatives dx_kr / dn_r beside the frames, and keeps nothing of the
+solver steps that lead there. Reverse mode through the observable alone completes the chain rule,
+
+    v . dg / dn_r = sum_k (d(v . g) / dx_kr) . (dx_kr / dn_r),
+
+and the derivative in one shared n_int is the sum over r.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 from bopito_inverse.arguments import Device, as_count, as_device, as_frames, as_generator
 from bopito_inverse.datasets import Array, Frames
@@ -99,32 +110,53 @@ class Prediction:
             raise ValueError(f"lags must be positive multiples of step_lag {step_lag:g}, got {bad}")
         return steps
 
-    def __call__(self, n_int: float | Tensor) -> Tensor:
-        """The predicted observable at each lag, (L,), float64, differentiable in `n_int` ().
+    @property
+    def n_replicas(self) -> int:
+        """Number of rollouts R; replica r and replica r + R / 2 are antithetic partners."""
+        return 2 * self.n_pairs
 
-        The derivative is made in forward mode beside the value, so that memory does not grow with
-        the number of steps; backward then multiplies by it. It is the derivative along each
-        rollout: at lags of several steps, where a small change tips few walkers over a barrier by
-        much, it is a noisy estimate, and differences of `at` over a finite step are better.
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of all frames, that of the model: `model.double()` makes it float64."""
+        return self.model.scaling.scale.dtype
+
+    def __call__(self, n_int: float | Tensor) -> Tensor:
+        """The predicted observable at each lag, (L,), float64, differentiable once in `n_int`.
+
+        Args:
+            n_int: interpolation parameter above zero (inf allowed), () for all replicas or
+                (n_replicas,) with one for each. Replicas r and r + n_replicas / 2 share their start
+                and have opposite noise: the first half and the second half are antithetic partners.
+
+        The gradient has the shape of `n_int`. A call that makes it costs four to six without, and
+        its memory grows neither with solver evaluations nor with composite steps, but for the
+        frames at the lags themselves. At N_max, where the family has a kink, it is the derivative
+        from below; at inf it is zero.
+
+        It is the derivative along each rollout, thus exactly that of this estimate with its random
+        numbers held. Where a small change of n_int tips a walker over a barrier, the map of that
+        walker is steep, and the mean over replicas is a noisy, heavy-tailed estimate of the
+        derivative of the expectation, the more so the more steps; where the map jumps (exact
+        scores of a barrier that nothing crosses; step functions as observables), the contribution
+        of the jumps, most of the derivative, is missing altogether. Differences of `at` over a
+        finite step see both.
+
+        Raises:
+            ValueError: `n_int` of another shape, or not above zero; on the way back, an observable
+                with no derivative, such as a step function.
         """
-        n = torch.as_tensor(n_int, dtype=torch.float32, device=self.device)
-        if n.ndim != 0:
-            raise ValueError(f"n_int must be one number, got shape {tuple(n.shape)}")
-        if not n > 0:
-            raise ValueError(f"n_int must be above zero (inf allowed), got {float(n)}")
+        n = self._as_n_int(n_int)
+        differentiate = n.requires_grad and torch.is_grad_enabled()
         with torch.no_grad():
-            if not n.requires_grad:
-                return self._observe(n)
-            with forward_ad.dual_level():
-                dual = forward_ad.make_dual(n.detach(), torch.ones_like(n))
-                value, tangent = forward_ad.unpack_dual(self._observe(dual))
-        slope = torch.zeros_like(value) if tangent is None else tangent
-        return value + slope * (n - n.detach())
+            frames, *tangents = self._along(n.detach(), differentiate)
+            if not differentiate:
+                return self._observe(frames)
+        return _Observed.apply(n, frames, *tangents, self._observe)
 
     @torch.no_grad()
     def at(self, n_int: Tensor) -> NodePredictions:
         """Predictions at several values of n_int (K,), all steps to the longest lag."""
-        frames = self._frames(n_int.to(self.device, torch.float32))
+        frames = self._frames(n_int.to(self.device, self.dtype))
         values, influences = [], []
         for k in range(len(n_int)):
             own = frames[:, k]
@@ -134,9 +166,49 @@ class Prediction:
             influences.append(torch.cat([correlation.influence, influence[:, None]], dim=1))
         return NodePredictions(torch.stack(values).cpu(), torch.stack(influences, dim=1).cpu())
 
-    def _observe(self, n_int: Tensor) -> Tensor:
-        frames = self._frames(n_int.reshape(1))[:, 0]
-        return self.obs(frames[0], frames[torch.as_tensor(self.steps)])
+    def _as_n_int(self, n_int: float | Tensor) -> Tensor:
+        n = n_int if isinstance(n_int, Tensor) else torch.as_tensor(n_int, dtype=torch.float64)
+        n = n.to(self.device, n.dtype if n.is_floating_point() else self.dtype)
+        if n.shape not in ((), (self.n_replicas,)):
+            raise ValueError(
+                f"n_int must be one number or one for each replica, shape () or "
+                f"({self.n_replicas},), got shape {tuple(n.shape)}"
+            )
+        if not (n > 0).all():
+            raise ValueError(f"n_int must be above zero (inf allowed), got {float(n.min())}")
+        return n
+
+    def _observe(self, frames: Tensor) -> Tensor:
+        """The observable at each lag, (L,), from frames at the start and at the steps of lags."""
+        where = np.unique(self.steps, return_inverse=True)[1]
+        return self.obs(frames[0], frames[torch.as_tensor(where + 1)])
+
+    def _along(self, n_int: Tensor, differentiate: bool) -> list[Tensor]:
+        """Frames at the start and at the steps of lags, (1 + distinct lags, R, *event).
+
+        With `differentiate`, also their derivatives in the n_int of their replica, same shape.
+        """
+        n = n_int.to(self.dtype).expand(self.n_replicas).contiguous().view(2, -1)
+        chunks = [
+            self._chunk_along(part.flatten(), chunk, differentiate)
+            for chunk, part in enumerate(n.split(PAIRS_PER_CHUNK, dim=1))
+        ]
+        return [torch.cat(parts, dim=2).flatten(1, 2) for parts in zip(*chunks, strict=True)]
+
+    def _chunk_along(self, n: Tensor, chunk: int, differentiate: bool) -> list[Tensor]:
+        """The same for one chunk of replicas, (1 + distinct lags, 2, pairs, *event)."""
+        wanted = {0, *self.steps.tolist()}
+        frames, tangents = [], []
+        with forward_ad.dual_level() if differentiate else nullcontext():
+            if differentiate:
+                n = forward_ad.make_dual(n, torch.ones_like(n))
+            for step, frame in enumerate(self._steps(n, chunk)):
+                if step in wanted:
+                    x, tangent = forward_ad.unpack_dual(frame)
+                    frames.append(x)
+                    tangents.append(torch.zeros_like(x) if tangent is None else tangent)
+        kept = [frames, tangents] if differentiate else [frames]
+        return [torch.stack(part).unflatten(1, (2, -1)) for part in kept]
 
     def _series(self, frames: Tensor) -> Tensor:
         """What the slowest relaxation is looked for in, (n, n_steps + 1, R)."""
@@ -160,14 +232,50 @@ class Prediction:
 
     def _rollout(self, n_int: Tensor, chunk: int) -> Tensor:
         """Frames (n_steps + 1, K, 2, pairs, *event) of one chunk of replicas."""
-        starts = self._chunks()[chunk]
-        k, pairs = len(n_int), len(starts)
-        x_0 = starts.repeat(2 * k, *[1] * (starts.ndim - 1))
-        generator = as_generator(self.seed, self.device, "prediction", chunk)
-        normal = Normal(generator, antithetic=True, copies=k)
+        k, pairs = len(n_int), len(self._chunks()[chunk])
         n = n_int.repeat_interleave(2 * pairs)
-        steps = self.step.frames(self.model, x_0, n, self.n_steps, normal)
-        return torch.stack([x_0, *steps]).unflatten(1, (k, 2, pairs))
+        return torch.stack([*self._steps(n, chunk, copies=k)]).unflatten(1, (k, 2, pairs))
+
+    def _steps(self, n_int: Tensor, chunk: int, copies: int = 1) -> Iterator[Tensor]:
+        """Frames after 0, ..., n_steps composite steps of one chunk, at `n_int` of each replica."""
+        starts = self._chunks()[chunk].to(self.dtype)
+        x_0 = starts.repeat(2 * copies, *[1] * (starts.ndim - 1))
+        generator = as_generator(self.seed, self.device, "prediction", chunk)
+        normal = Normal(generator, antithetic=True, copies=copies)
+        yield x_0
+        yield from self.step.frames(self.model, x_0, n_int, self.n_steps, normal)
+
+
+class _Observed(torch.autograd.Function):
+    """The observable of frames whose derivatives in n_int are known."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        n_int: Tensor,
+        frames: Tensor,
+        tangents: Tensor,
+        observe: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        ctx.save_for_backward(n_int, frames, tangents)
+        ctx.observe = observe
+        return observe(frames)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        n_int, frames, tangents = ctx.saved_tensors
+        with torch.enable_grad():
+            x = frames.detach().requires_grad_()
+            value = ctx.observe(x)
+            if not value.requires_grad:
+                raise ValueError(
+                    "obs must be made of differentiable torch operations for a gradient in n_int, "
+                    "got a value that has no derivative in the frames; use differences of `at`"
+                )
+            (slope,) = torch.autograd.grad(value, x, grad)
+        own = torch.einsum("kri,kri->r", slope.flatten(2).double(), tangents.flatten(2).double())
+        return (own if n_int.ndim else own.sum()).to(n_int.dtype), None, None, None
 
 
 def _resample(frames: Frames, n: int, seed: int) -> Tensor:

@@ -236,7 +236,7 @@ class ExactDynamicScore(_ExactScore):
             raise ValueError(f"lambda_hat must lie in (0, 1), got {lambda_hat}")
         self.s_eq = s_eq
         self.lambda_hat = float(lambda_hat)
-        self._known: dict[float, Tensor] = {}
+        self._known: dict[tuple[float, torch.dtype], Tensor] = {}
 
     def forward(self, x_t: Tensor, t: Tensor, x_0: Tensor, lag: Tensor) -> Tensor:
         """Predicted noise, shape of `x_t`, (B, 1); `lag` in frames, () or (B,), any real > 0."""
@@ -279,12 +279,13 @@ class ExactDynamicScore(_ExactScore):
 
     def _tables(self, lag: float) -> Tensor:
         """The transition density at `lag` and its derivative in the lag, shape (2, G, G)."""
-        known = self._known.pop(lag, None)
+        key = (lag, self.grid.dtype)  # float32 tables are too coarse for a model made float64
+        known = self._known.pop(key, None)
         if known is None:
             if len(self._known) == LAGS_KEPT:
                 self._known.pop(next(iter(self._known)))
             density = self.operator.transition_density(lag)
             both = np.stack([density, self.operator._transition_slope(density)])
             known = torch.from_numpy(both)
-        self._known[lag] = known.to(self.grid)
-        return self._known[lag]
+        self._known[key] = known.to(self.grid)
+        return self._known[key]
