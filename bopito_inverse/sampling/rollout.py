@@ -90,7 +90,7 @@ class Interpolate:
             raise ValueError(
                 f"model must be an Interpolator for Interpolate moves, got {type(model).__name__}"
             )
-        fixed = n_int if self.n_int is None else torch.as_tensor(self.n_int, device=x_0.device)
+        fixed = n_int if self.n_int is None else x_0.new_tensor(self.n_int)
         return model.bind(x_0, fixed)
 
 
@@ -119,7 +119,7 @@ class Propagate:
             raise ValueError(
                 f"lag of Propagate must be at most lag_max ({lag_max}), got {self.lag}"
             )
-        return trained.bind(x_0, torch.as_tensor(self.lag, device=x_0.device))  # type: ignore[operator]
+        return trained.bind(x_0, x_0.new_tensor(self.lag))  # type: ignore[operator]
 
 
 class Rollout:
