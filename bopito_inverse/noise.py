@@ -49,6 +49,11 @@ class VPSchedule:
         """log alpha(t) / sigma(t), same shape as `t`."""
         return self.start + t * (self.end - self.start)
 
+    def time(self, alpha: Tensor) -> Tensor:
+        """The t in [0, 1] with this signal amplitude, same shape as `alpha`."""
+        ratio = alpha.log() - torch.log1p(-alpha.square()) / 2
+        return (ratio - self.start) / (self.end - self.start)
+
     def alpha(self, t: Tensor) -> Tensor:
         """Signal amplitude, same shape as `t`."""
         return torch.sigmoid(2 * self.log_ratio(t)).sqrt()

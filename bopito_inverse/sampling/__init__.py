@@ -1,6 +1,13 @@
 """Sampling: solvers of the reverse diffusion, composite steps, trajectories."""
 
-from bopito_inverse.sampling.rollout import Interpolate, Normal, Propagate, Rollout
+from bopito_inverse.sampling.rollout import (
+    Interpolate,
+    Normal,
+    Propagate,
+    Renoise,
+    Rollout,
+    renoising_step,
+)
 from bopito_inverse.sampling.sample import sample
 from bopito_inverse.sampling.solvers import Ancestral, DPMSolver, Heun
 
@@ -11,6 +18,8 @@ __all__ = [
     "Interpolate",
     "Normal",
     "Propagate",
+    "Renoise",
     "Rollout",
+    "renoising_step",
     "sample",
 ]

@@ -1,23 +1,31 @@
 r"""Rollouts: moves repeated to make trajectories.
 
-A composite step is a sequence of moves, each a draw from one transition kernel,
+A composite step is a sequence of moves, each a draw from one transition kernel. It stands for a
+physical step of `step_lag` frames, so that its k-fold repetition predicts the dynamics at
+`k step_lag` frames. With w = lambda_hat^(n_int - N_max), the weight of the `Interpolator`,
 
-    K(n_int) = T_dyn(lag)^r o T_int(n_int),
+    Propagate    T(lag)     the trained model at one of its own lags
+    Interpolate  T_int(w)   the interpolated score, (1 - w) s_eq + w s_BoPITO(N_max)
+    Renoise      R(w)       x -> w x + sqrt(1 - w^2) eps, denoised with s_eq from alpha(t) = w
 
-where `Interpolate` draws from the interpolator and `Propagate` from the trained model at one of its
-own lags (local relaxation). `K` stands for a physical step of `step_lag` frames, so that its k-fold
-repetition predicts the dynamics at `k step_lag` frames.
+Two steps are made of them. The paper's alternates interpolation and local relaxation,
+K = T(lag) T_int(w). `renoising_step` renoises halfway through a relaxation, K = T(lag) R(w) T(lag).
+R leaves the stationary density mu invariant at every w: if x has the density mu, the noised frame
+has that of mu noised to alpha = w, which the reverse diffusion of s_eq takes back to mu. So K
+leaves mu invariant wherever T does. R is local, too: it crosses a barrier from near the barrier.
+It is the identity at w = 1 and a fresh draw of mu at w = 0. In a harmonic well where lambda_hat is
+the true decay, T(N_max / 2) R(w) T(N_max / 2) is the exact dynamics at n_int frames.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from bopito_inverse.arguments import as_count, as_positive
 from bopito_inverse.interpolator import Interpolator
-from bopito_inverse.models.scores import BoundScore
+from bopito_inverse.noise import per_replica
 from bopito_inverse.sampling.solvers import DPMSolver, NormalDraw, Solver
 
 
@@ -58,8 +66,10 @@ class Normal:
 class Move(Protocol):
     """One kernel of a composite step."""
 
-    def bind(self, model: nn.Module, x_0: Tensor, n_int: Tensor) -> BoundScore:
-        """The score that the move draws from, given the standardised frame `x_0`."""
+    def __call__(
+        self, model: nn.Module, y: Tensor, n_int: Tensor, solver: Solver, normal: NormalDraw
+    ) -> Tensor:
+        """The next standardised frames (B, *event) given `y` (B, *event); `n_int` is () or (B,)."""
         ...
 
     def config(self) -> dict:
@@ -84,14 +94,44 @@ class Interpolate:
         """What identifies the move."""
         return {"move": "interpolate", "n_int": self.n_int}
 
-    def bind(self, model: nn.Module, x_0: Tensor, n_int: Tensor) -> BoundScore:
-        """The interpolated score."""
-        if not isinstance(model, Interpolator):
-            raise ValueError(
-                f"model must be an Interpolator for Interpolate moves, got {type(model).__name__}"
-            )
-        fixed = n_int if self.n_int is None else x_0.new_tensor(self.n_int)
-        return model.bind(x_0, fixed)
+    def __call__(
+        self, model: nn.Module, y: Tensor, n_int: Tensor, solver: Solver, normal: NormalDraw
+    ) -> Tensor:
+        """Draws from the interpolated score."""
+        model = _interpolator(model, "Interpolate")
+        score = model.bind(y, n_int if self.n_int is None else y.new_tensor(self.n_int))
+        return solver(score, model.noise, normal(y), normal)
+
+
+class Renoise:
+    """Noise to the level at which alpha = w, then denoising with the equilibrium score.
+
+    Args:
+        n_int: fixed interpolation parameter, inf for a fresh draw of equilibrium; by default the
+            one given when the rollout is run. At and below N_max nothing happens.
+    """
+
+    def __init__(self, n_int: float | None = None) -> None:
+        self.n_int = None if n_int is None else _as_n_int(n_int)
+
+    def __repr__(self) -> str:
+        return f"Renoise({'' if self.n_int is None else f'n_int={self.n_int:g}'})"
+
+    def config(self) -> dict:
+        """What identifies the move."""
+        return {"move": "renoise", "n_int": self.n_int}
+
+    def __call__(
+        self, model: nn.Module, y: Tensor, n_int: Tensor, solver: Solver, normal: NormalDraw
+    ) -> Tensor:
+        """The renoised frames."""
+        model = _interpolator(model, "Renoise")
+        w = model.weight(n_int.to(y) if self.n_int is None else y.new_tensor(self.n_int))
+        kept = per_replica(w, y)
+        # the derivative of the square root has no value at w = 1, where the frame is kept
+        spread = (1 - torch.where(kept < 1, kept, 0.0).square()).sqrt()
+        noised = kept * y + spread * normal(y)
+        return torch.where(kept < 1, solver(model.bopito.s_eq, model.noise, noised, normal, w), y)
 
 
 class Propagate:
@@ -99,27 +139,48 @@ class Propagate:
 
     Args:
         lag: lag in frames, at most the `lag_max` of a BoPITO model.
+        share: instead of a lag, a share of min(n_int, N_max), at most one: below N_max, where
+            the experiment is slower than the data, the move then slows down with the others.
     """
 
-    def __init__(self, lag: float) -> None:
-        self.lag = as_positive("lag", lag)
+    def __init__(self, lag: float | None = None, *, share: float | None = None) -> None:
+        if (lag is None) == (share is None):
+            raise ValueError(f"Propagate takes either lag or share, got {lag} and {share}")
+        self.lag = None if lag is None else as_positive("lag", lag)
+        self.share = None if share is None else as_positive("share", share)
+        if self.share is not None and self.share > 1:
+            raise ValueError(f"share must be at most 1, got {share}")
 
     def __repr__(self) -> str:
+        if self.lag is None:
+            return f"Propagate(share={self.share:g})"
         return f"Propagate({self.lag:g})"
 
     def config(self) -> dict:
         """What identifies the move."""
+        if self.lag is None:
+            return {"move": "propagate", "share": self.share}
         return {"move": "propagate", "lag": self.lag}
 
-    def bind(self, model: nn.Module, x_0: Tensor, n_int: Tensor) -> BoundScore:
-        """The score of the trained model."""
+    def __call__(
+        self, model: nn.Module, y: Tensor, n_int: Tensor, solver: Solver, normal: NormalDraw
+    ) -> Tensor:
+        """Draws from the trained model."""
         trained = model.bopito if isinstance(model, Interpolator) else model
-        lag_max = getattr(trained, "lag_max", None)
-        if lag_max is not None and self.lag > lag_max:
+        score = trained.bind(y, self._lag(trained, y, n_int))  # type: ignore[operator]
+        return solver(score, trained.noise, normal(y), normal)  # type: ignore[arg-type]
+
+    def _lag(self, trained: nn.Module, y: Tensor, n_int: Tensor) -> Tensor:
+        lag_max: Any = getattr(trained, "lag_max", None)
+        if self.share is not None:
+            if lag_max is None:
+                raise ValueError(f"share of Propagate needs a model with lag_max, got {trained}")
+            return self.share * n_int.to(y).clamp(max=lag_max)
+        if lag_max is not None and self.lag > lag_max:  # type: ignore[operator]
             raise ValueError(
                 f"lag of Propagate must be at most lag_max ({lag_max}), got {self.lag}"
             )
-        return trained.bind(x_0, x_0.new_tensor(self.lag))  # type: ignore[operator]
+        return y.new_tensor(self.lag)
 
 
 class Rollout:
@@ -153,7 +214,7 @@ class Rollout:
     def step(self, model: nn.Module, y: Tensor, n_int: Tensor, normal: NormalDraw) -> Tensor:
         """One composite step of standardised frames (B, *event); `n_int` is () or (B,)."""
         for move in self.moves:
-            y = self.solver(move.bind(model, y, n_int), model.noise, normal(y), normal)  # type: ignore[arg-type]
+            y = move(model, y, n_int, self.solver, normal)
         return y
 
     def frames(
@@ -172,6 +233,33 @@ class Rollout:
         for _ in range(n_steps):
             y = self.step(model, y, n_int, normal)
             yield model.scaling.restore(y)  # type: ignore[union-attr, operator]
+
+
+def renoising_step(lag_max: int, step_lag: int, solver: Solver | None = None) -> Rollout:
+    """The recommended composite step, T(lag) R(w) T(lag).
+
+    The two relaxations take `step_lag` / 4 each, or N_max / 2 where that is less: renoising moves
+    frames within their wells too, and with longer relaxation in all they would move too far
+    (`tests/benchmarks/bench_steps.py`).
+
+    Args:
+        lag_max: longest trained lag N_max of the model.
+        step_lag: physical length of the step, in frames.
+        solver: how each move turns noise into a frame.
+
+    >>> renoising_step(lag_max=50, step_lag=100)
+    Rollout([Propagate(share=0.5), Renoise(), Propagate(share=0.5)], step_lag=100, ...)
+    """
+    share = min(0.5, as_count("step_lag", step_lag) / (4 * as_count("lag_max", lag_max)))
+    return Rollout([Propagate(share=share), Renoise(), Propagate(share=share)], step_lag, solver)
+
+
+def _interpolator(model: nn.Module, move: str) -> Interpolator:
+    if not isinstance(model, Interpolator):
+        raise ValueError(
+            f"model must be an Interpolator for {move} moves, got {type(model).__name__}"
+        )
+    return model
 
 
 def _as_n_int(value: float) -> float:

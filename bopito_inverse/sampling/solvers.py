@@ -21,14 +21,16 @@ from torch import Tensor
 
 from bopito_inverse.arguments import as_count
 from bopito_inverse.models.scores import BoundScore
-from bopito_inverse.noise import VPSchedule
+from bopito_inverse.noise import VPSchedule, per_replica
+
+SHORTEST = 0.01  # diffusion time; steps in the ratio must not vanish
 
 NormalDraw = Callable[[Tensor], Tensor]
 """Standard normal numbers, shaped like the argument."""
 
 
 class Solver(Protocol):
-    """Maps noise `x_1` to a standardised frame; `evaluations` counts its score calls."""
+    """Maps noise to standardised frames; `evaluations` counts its score calls."""
 
     @property
     def evaluations(self) -> int:
@@ -36,9 +38,19 @@ class Solver(Protocol):
         ...
 
     def __call__(
-        self, eps: BoundScore, noise: VPSchedule, x_1: Tensor, normal: NormalDraw
+        self,
+        eps: BoundScore,
+        noise: VPSchedule,
+        x_t: Tensor,
+        normal: NormalDraw,
+        signal: Tensor | None = None,
     ) -> Tensor:
-        """Standardised frames (B, *event) from `x_1` (B, *event)."""
+        """Standardised frames (B, *event) from noised ones `x_t` (B, *event).
+
+        `signal` is the amplitude w of the signal in x_t = w y + sqrt(1 - w^2) eps, () or (B,), in
+        [0, 1]: the integration starts at the time at which alpha = w. By default there is none,
+        and `x_t` is pure noise.
+        """
         ...
 
 
@@ -63,11 +75,15 @@ class DPMSolver:
         return f"DPMSolver(evaluations={self.evaluations}, order={self.order})"
 
     def __call__(
-        self, eps: BoundScore, noise: VPSchedule, x_1: Tensor, normal: NormalDraw
+        self,
+        eps: BoundScore,
+        noise: VPSchedule,
+        x_t: Tensor,
+        normal: NormalDraw,
+        signal: Tensor | None = None,
     ) -> Tensor:
-        """Standardised frames (B, *event); deterministic given `x_1`."""
-        times = _times(self.evaluations, x_1)
-        x, data = _start(eps, noise, x_1, times[0])
+        """Standardised frames (B, *event); deterministic given `x_t`."""
+        times, x, data = _start(eps, noise, x_t, signal, self.evaluations)
         past: list[Tensor] = []
         for t, s in pairwise(times):
             past = [data, *past][: self.order]
@@ -88,11 +104,15 @@ class Heun:
         return f"Heun(evaluations={self.evaluations})"
 
     def __call__(
-        self, eps: BoundScore, noise: VPSchedule, x_1: Tensor, normal: NormalDraw
+        self,
+        eps: BoundScore,
+        noise: VPSchedule,
+        x_t: Tensor,
+        normal: NormalDraw,
+        signal: Tensor | None = None,
     ) -> Tensor:
-        """Standardised frames (B, *event); deterministic given `x_1`."""
-        times = _times((self.evaluations + 1) // 2, x_1)
-        x, data = _start(eps, noise, x_1, times[0])
+        """Standardised frames (B, *event); deterministic given `x_t`."""
+        times, x, data = _start(eps, noise, x_t, signal, (self.evaluations + 1) // 2)
         for t, s in pairwise(times):
             trial = _multistep(x, [data], noise, t, s)
             slope = _data(eps, noise, trial, s) - data
@@ -113,11 +133,15 @@ class Ancestral:
         return f"Ancestral(evaluations={self.evaluations})"
 
     def __call__(
-        self, eps: BoundScore, noise: VPSchedule, x_1: Tensor, normal: NormalDraw
+        self,
+        eps: BoundScore,
+        noise: VPSchedule,
+        x_t: Tensor,
+        normal: NormalDraw,
+        signal: Tensor | None = None,
     ) -> Tensor:
-        """Standardised frames (B, *event), random given `x_1`."""
-        times = _times(self.evaluations, x_1)
-        x, data = _start(eps, noise, x_1, times[0])
+        """Standardised frames (B, *event), random given `x_t`."""
+        times, x, data = _start(eps, noise, x_t, signal, self.evaluations)
         for t, s in pairwise(times):
             shrink = torch.exp(noise.log_ratio(t) - noise.log_ratio(s))
             spread = noise.sigma(s) * torch.sqrt(1 - shrink**2)
@@ -127,24 +151,27 @@ class Ancestral:
         return data
 
 
-def _times(n: int, x: Tensor) -> list[Tensor]:
-    """Times from 1 to 0, equal steps in the ratio, in the precision of `x`."""
-    return list(torch.linspace(1, 0, n, device=x.device, dtype=x.dtype))
-
-
 def _data(eps: BoundScore, noise: VPSchedule, x: Tensor, t: Tensor) -> Tensor:
     """Data prediction D(x, t) = (x - sigma eps) / alpha."""
-    return (x - noise.sigma(t) * eps(x, t)) / noise.alpha(t)
+    return (x - noise.sigma(t) * eps(x, t.reshape(-1) if t.ndim else t)) / noise.alpha(t)
 
 
-def _start(eps: BoundScore, noise: VPSchedule, x_1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The noise `x_1` with the signal that is left at t = 1 added, and the data prediction there.
+def _start(
+    eps: BoundScore, noise: VPSchedule, x_t: Tensor, signal: Tensor | None, n: int
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """n times in equal steps of the ratio down to 0, and frame and data prediction at the first.
 
-    The mean of the noised density is alpha E[y], not zero. The first data prediction is E[y] to
-    order alpha, so that adding alpha D leaves an error of order alpha^2, at no cost.
+    Where there is less signal than at t = 1, the rest is added: the mean of the noised density is
+    alpha E[y], and the first data prediction is E[y] to order alpha, so that adding alpha D leaves
+    an error of order alpha^2, at no cost.
     """
-    data = _data(eps, noise, x_1, t)
-    return x_1 + noise.alpha(t) * data, data
+    w = x_t.new_zeros(()) if signal is None else signal.to(x_t.dtype)
+    least, most = noise.alpha(w.new_tensor([1.0, SHORTEST])).unbind()
+    first = noise.time(w.clamp(least, most))
+    times = [per_replica(first * (1 - i / (n - 1)), x_t) for i in range(n)]
+    data = _data(eps, noise, x_t, times[0])
+    missing = (least - w).clamp(min=0)
+    return times, x_t + per_replica(missing, x_t) * data, data
 
 
 def _multistep(x: Tensor, past: list[Tensor], noise: VPSchedule, t: Tensor, s: Tensor) -> Tensor:
