@@ -15,7 +15,7 @@ solver steps that lead there. Reverse mode through the observable alone complete
 and the derivative in one shared n_int is the sum over r.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -43,9 +43,9 @@ class NodePredictions:
     """Predictions at K values of n_int with the contributions of each of n replicas.
 
     Attributes:
-        value: (K, n_steps + 1): the correlation after 1, ..., n_steps composite steps, and last
-            the second eigenvalue of the step.
-        influence: (n, K, n_steps + 1), mean zero over n: the error of `value` is its mean.
+        value: (K, M), M = n_observables n_steps + 1: the correlation of each observable after
+            1, ..., n_steps composite steps, and last the second eigenvalue of the step.
+        influence: (n, K, M), mean zero over n: the error of `value` is its mean.
     """
 
     value: Tensor
@@ -53,12 +53,12 @@ class NodePredictions:
 
 
 class Prediction:
-    """The observable of an experiment as a function of n_int.
+    """The observables of an experiment as functions of n_int.
 
     Args:
         model: the interpolator.
         step: the composite step; each lag must be a multiple of its `step_lag`.
-        obs: the correlation function.
+        obs: the correlation function, or several by name, all made from the same rollouts.
         lags: lags in frames, (L,).
         starts: frames of mu, (n, *event), or weighted `Frames`; replicas start from a systematic
             resample of them.
@@ -74,7 +74,7 @@ class Prediction:
         self,
         model: Interpolator,
         step: Rollout,
-        obs: Correlation,
+        obs: Correlation | Mapping[str, Correlation],
         lags: Sequence[float] | np.ndarray,
         starts: Array | Frames,
         seed: int = 0,
@@ -86,7 +86,8 @@ class Prediction:
         self.device = as_device(device)
         self.model = model.to(self.device)
         self.step = step
-        self.obs = obs
+        self.obs = as_observables(obs)
+        self._single = isinstance(obs, Correlation)
         self.steps = self.steps_of(lags)
         self.seed = seed
         self.n_pairs = (as_count("n_replicas", n_replicas, 4) + 1) // 2
@@ -121,7 +122,9 @@ class Prediction:
         return self.model.scaling.scale.dtype
 
     def __call__(self, n_int: float | Tensor) -> Tensor:
-        """The predicted observable at each lag, (L,), float64, differentiable once in `n_int`.
+        """The prediction at each lag, float64, differentiable once in `n_int`.
+
+        Its shape is (L,), or (n_observables, L) where several were given by name.
 
         Args:
             n_int: interpolation parameter above zero (inf allowed), () for all replicas or
@@ -156,15 +159,23 @@ class Prediction:
     @torch.no_grad()
     def at(self, n_int: Tensor) -> NodePredictions:
         """Predictions at several values of n_int (K,), all steps to the longest lag."""
-        frames = self._frames(n_int.to(self.device, self.dtype))
-        values, influences = [], []
-        for k in range(len(n_int)):
-            own = frames[:, k]
-            correlation = self.obs.contributions(own[0], own[1:], groups=2)
-            eigenvalue, influence = second_eigenvalue(self._series(own), groups=2)
-            values.append(torch.cat([correlation.value, eigenvalue[None]]))
-            influences.append(torch.cat([correlation.influence, influence[:, None]], dim=1))
+        per_batch = max(1, BATCH_SIZE[self.device.type] // (2 * PAIRS_PER_CHUNK))
+        n = n_int.to(self.device, self.dtype)
+        made = [self._node(own) for group in n.split(per_batch) for own in self._frames(group)]
+        values, influences = zip(*made, strict=True)
         return NodePredictions(torch.stack(values).cpu(), torch.stack(influences, dim=1).cpu())
+
+    def _node(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Value (M,) and influence (n_pairs, M) from the frames (n_steps + 1, R, *event)."""
+        correlations = [
+            obs.contributions(frames[0], frames[1:], groups=2) for obs in self.obs.values()
+        ]
+        eigenvalue, influence = second_eigenvalue(self._series(frames), groups=2)
+        values = [made.value for made in correlations]
+        influences = [made.influence for made in correlations]
+        return torch.cat([*values, eigenvalue[None]]), torch.cat(
+            [*influences, influence[:, None]], dim=1
+        )
 
     def _as_n_int(self, n_int: float | Tensor) -> Tensor:
         n = n_int if isinstance(n_int, Tensor) else torch.as_tensor(n_int, dtype=torch.float64)
@@ -179,9 +190,11 @@ class Prediction:
         return n
 
     def _observe(self, frames: Tensor) -> Tensor:
-        """The observable at each lag, (L,), from frames at the start and at the steps of lags."""
+        """The value of a call, from frames at the start and at the steps of lags."""
         where = np.unique(self.steps, return_inverse=True)[1]
-        return self.obs(frames[0], frames[torch.as_tensor(where + 1)])
+        later = frames[torch.as_tensor(where + 1)]
+        values = [obs(frames[0], later) for obs in self.obs.values()]
+        return values[0] if self._single else torch.stack(values)
 
     def _along(self, n_int: Tensor, differentiate: bool) -> list[Tensor]:
         """Frames at the start and at the steps of lags, (1 + distinct lags, R, *event).
@@ -215,17 +228,13 @@ class Prediction:
         flat = frames.flatten(0, 1)
         if flat[0].numel() <= FEW_COMPONENTS:  # all that happens, not only what is observed
             return flat.flatten(1).T.reshape(-1, *frames.shape[:2])
-        functions = [self.obs.a] if self.obs.b is self.obs.a else [self.obs.a, self.obs.b]
+        functions = dict.fromkeys(f for obs in self.obs.values() for f in (obs.a, obs.b))
         return torch.stack([f(flat).reshape(frames.shape[:2]) for f in functions])
 
     def _frames(self, n_int: Tensor) -> Tensor:
-        """Frames (n_steps + 1, K, 2 n_pairs, *event) of every node and replica."""
-        per_batch = max(1, BATCH_SIZE[self.device.type] // (2 * PAIRS_PER_CHUNK))
-        nodes = [
-            torch.cat([self._rollout(group, c) for c in range(len(self._chunks()))], dim=3)
-            for group in n_int.split(per_batch)
-        ]
-        return torch.cat(nodes, dim=1).flatten(2, 3)
+        """Frames (K, n_steps + 1, 2 n_pairs, *event) of a few nodes and every replica."""
+        chunks = [self._rollout(n_int, chunk) for chunk in range(len(self._chunks()))]
+        return torch.cat(chunks, dim=3).flatten(2, 3).transpose(0, 1)
 
     def _chunks(self) -> tuple[Tensor, ...]:
         return self.starts.split(PAIRS_PER_CHUNK)
@@ -276,6 +285,17 @@ class _Observed(torch.autograd.Function):
             (slope,) = torch.autograd.grad(value, x, grad)
         own = torch.einsum("kri,kri->r", slope.flatten(2).double(), tangents.flatten(2).double())
         return (own if n_int.ndim else own.sum()).to(n_int.dtype), None, None, None
+
+
+def as_observables(obs: Correlation | Mapping[str, Correlation]) -> dict[str, Correlation]:
+    """Correlation functions by name."""
+    named = {obs.name: obs} if isinstance(obs, Correlation) else obs
+    if not (isinstance(named, Mapping) and named):
+        raise ValueError(f"obs must be a Correlation or a mapping of names to them, got {obs!r}")
+    for name, one in named.items():
+        if not isinstance(one, Correlation):
+            raise ValueError(f"obs[{name!r}] must be a Correlation, got {type(one).__name__}")
+    return dict(named)
 
 
 def _resample(frames: Frames, n: int, seed: int) -> Tensor:

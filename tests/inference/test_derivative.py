@@ -198,7 +198,7 @@ def test_value_and_derivative_are_the_closed_form(n_int: float) -> None:
 
 
 def test_error_falls_with_the_order_of_the_solver() -> None:
-    coarse, fine = (prediction(lags=(20,), evaluations=e) for e in (20, 40))
+    coarse, fine = (prediction(lags=(20,), evaluations=e) for e in (15, 30))
     slope = closed_form(fine, 40.0)[1]
     errors = [np.abs(jacobian(p, parameter(40.0)).numpy() - slope).max() for p in (coarse, fine)]
     assert errors[1] < errors[0] / 4
@@ -206,7 +206,7 @@ def test_error_falls_with_the_order_of_the_solver() -> None:
 
 @pytest.mark.parametrize("n_int", [7.0, 40.0])
 def test_expectation_within_monte_carlo_error(n_int: float) -> None:
-    predict = prediction(lags=(20, 40), n_replicas=8192, evaluations=20)
+    predict = prediction(lags=(20, 40), n_replicas=4096, evaluations=12)
     made = predict.at(torch.tensor([n_int], dtype=torch.float64))
     own = jacobian(predict, parameter(n_int, predict.n_replicas))
     pairs = own.unflatten(1, (2, -1)).mean(1) * predict.n_replicas  # share r + R / 2 with r
@@ -364,7 +364,7 @@ def test_no_tangent_unless_asked(monkeypatch) -> None:
 
 def test_an_observable_with_no_derivative_is_refused() -> None:
     predict = prediction()
-    predict.obs = bi.observables.Correlation(lambda x: (x > 0).double())
+    predict.obs = {"step": bi.observables.Correlation(lambda x: (x > 0).double())}
     value = predict(parameter(30.0))
     with pytest.raises(ValueError, match="obs must be made of differentiable torch operations"):
         value.sum().backward()
@@ -375,7 +375,7 @@ def test_an_observable_with_no_derivative_is_refused() -> None:
 
 def test_torch_optimiser_recovers_n_int() -> None:
     """Data of infinitely many replicas: recovered within the Monte Carlo error."""
-    predict = prediction(lags=(20,), n_replicas=2048, evaluations=20)
+    predict = prediction(lags=(20,), n_replicas=2048, evaluations=12)
     truth, target = 37.0, torch.from_numpy(population(37.0, 1)[0])
     n = parameter(25.0)
     optimiser = torch.optim.LBFGS([n], max_iter=15, line_search_fn="strong_wolfe")
@@ -395,7 +395,7 @@ def test_torch_optimiser_recovers_n_int() -> None:
 
 def test_scipy_recovers_n_int() -> None:
     """Data of the same replicas: recovered to the tolerance of the optimiser."""
-    predict = prediction(network_model, lags=(20, 40), n_replicas=256)
+    predict = prediction(network_model, lags=(20, 40), n_replicas=256, evaluations=8)
     target = predict(28.0)
 
     def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
