@@ -145,11 +145,13 @@ class Prediction:
         finite step see both.
 
         Raises:
-            ValueError: `n_int` of another shape, or not above zero; on the way back, an observable
-                with no derivative, such as a step function.
+            ValueError: `n_int` of another shape, or not above zero; where it requires a gradient,
+                an observable with no derivative, such as a step function.
         """
         n = self._as_n_int(n_int)
         differentiate = n.requires_grad and torch.is_grad_enabled()
+        if differentiate:
+            self._check_differentiable()
         with torch.no_grad():
             frames, *tangents = self._along(n.detach(), differentiate)
             if not differentiate:
@@ -195,6 +197,17 @@ class Prediction:
         later = frames[torch.as_tensor(where + 1)]
         values = [obs(frames[0], later) for obs in self.obs.values()]
         return values[0] if self._single else torch.stack(values)
+
+    def _check_differentiable(self) -> None:
+        """Refuse observables whose derivative would be zero without a word."""
+        x = self.starts[:1].to(self.dtype).clone().requires_grad_()
+        for name, obs in self.obs.items():
+            if not obs.b(x).requires_grad:
+                raise ValueError(
+                    f"obs {name!r} must be made of differentiable torch operations for a gradient "
+                    "in n_int, got values that have no derivative in the frames, as of a step "
+                    "function; take differences of `at` over a finite step"
+                )
 
     def _along(self, n_int: Tensor, differentiate: bool) -> list[Tensor]:
         """Frames at the start and at the steps of lags, (1 + distinct lags, R, *event).
@@ -276,13 +289,7 @@ class _Observed(torch.autograd.Function):
         n_int, frames, tangents = ctx.saved_tensors
         with torch.enable_grad():
             x = frames.detach().requires_grad_()
-            value = ctx.observe(x)
-            if not value.requires_grad:
-                raise ValueError(
-                    "obs must be made of differentiable torch operations for a gradient in n_int, "
-                    "got a value that has no derivative in the frames; use differences of `at`"
-                )
-            (slope,) = torch.autograd.grad(value, x, grad)
+            (slope,) = torch.autograd.grad(ctx.observe(x), x, grad)
         own = torch.einsum("kri,kri->r", slope.flatten(2).double(), tangents.flatten(2).double())
         return (own if n_int.ndim else own.sum()).to(n_int.dtype), None, None, None
 

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 import bopito_inverse as bi
 from bopito_inverse.arguments import as_generator
 from bopito_inverse.noise import Scaling, VPSchedule, per_replica
-from bopito_inverse.sampling import DPMSolver, Interpolate, Propagate, Rollout
+from bopito_inverse.sampling import DPMSolver, Interpolate, Propagate, Renoise, Rollout
 from bopito_inverse.sampling.rollout import Normal
 from bopito_inverse.systems import Prinz, TransferOperator
 
@@ -40,14 +40,14 @@ class Gaussian(nn.Module):
         self.scaling = Scaling(-0.4, 1.5)
 
     def eps(self, x_t: Tensor, t: Tensor, y_0: Tensor, decay: Tensor) -> Tensor:
-        alpha, sigma = NOISE.alpha(t), NOISE.sigma(t)
+        alpha, sigma = (per_replica(part(t), x_t) for part in (NOISE.alpha, NOISE.sigma))
         spread = alpha**2 * VARIANCE * (1 - decay**2) + sigma**2
         return sigma * (x_t - alpha * (MEAN + decay * (y_0 - MEAN))) / spread
 
 
 class Equilibrium(Gaussian):
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return self.eps(x_t, t, x_t, torch.zeros_like(t))
+        return self.eps(x_t, t, x_t, x_t.new_zeros(()))
 
 
 class Dynamic(Gaussian):
@@ -55,7 +55,7 @@ class Dynamic(Gaussian):
         lag = per_replica(lag, x_0)
 
         def eps_dyn(x_t: Tensor, t: Tensor) -> Tensor:
-            stationary = self.eps(x_t, t, x_0, torch.zeros_like(t))
+            stationary = self.eps(x_t, t, x_0, x_t.new_zeros(()))
             return (self.eps(x_t, t, x_0, RHO**lag) - stationary) / LAMBDA_HAT**lag
 
         return eps_dyn
@@ -249,9 +249,17 @@ def test_jumps_over_a_barrier_are_not_in_the_derivative(prinz) -> None:
     assert (difference < 10 * slope.abs().neg()).all()
 
 
-@pytest.mark.parametrize("n_int", [8.0, 25.0, 60.0])
-def test_network(n_int: float) -> None:
-    predict = prediction(network_model)
+@pytest.mark.parametrize(
+    ("n_int", "moves"),
+    [
+        (8.0, [Interpolate(), Propagate(RELAX)]),
+        (25.0, [Interpolate(), Propagate(RELAX)]),
+        (60.0, [Interpolate(), Propagate(RELAX)]),
+        (25.0, [Propagate(RELAX), Renoise(), Propagate(RELAX)]),
+    ],
+)
+def test_network(n_int: float, moves: list) -> None:
+    predict = prediction(network_model, moves=moves)
     slope = jacobian(predict, parameter(n_int))
     torch.testing.assert_close(slope, central(predict, n_int, 1e-3), rtol=1e-5, atol=1e-9)
     assert (slope.abs() > 1e-6).all()
@@ -364,10 +372,11 @@ def test_no_tangent_unless_asked(monkeypatch) -> None:
 
 def test_an_observable_with_no_derivative_is_refused() -> None:
     predict = prediction()
-    predict.obs = {"step": bi.observables.Correlation(lambda x: (x > 0).double())}
-    value = predict(parameter(30.0))
-    with pytest.raises(ValueError, match="obs must be made of differentiable torch operations"):
-        value.sum().backward()
+    side = bi.observables.Correlation(lambda x: (x > 0).double(), name="side")
+    predict.obs = {"position": CORRELATION, "side": side}
+    assert len(predict(30.0)) > 0
+    with pytest.raises(ValueError, match="obs 'side' must be made of differentiable torch op"):
+        predict(parameter(30.0))
 
 
 # what the derivative is for
@@ -395,7 +404,7 @@ def test_torch_optimiser_recovers_n_int() -> None:
 
 def test_scipy_recovers_n_int() -> None:
     """Data of the same replicas: recovered to the tolerance of the optimiser."""
-    predict = prediction(network_model, lags=(20, 40), n_replicas=256, evaluations=8)
+    predict = prediction(lags=(20, 40), n_replicas=256, evaluations=8)
     target = predict(28.0)
 
     def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
