@@ -66,6 +66,11 @@ class Normal:
 class Move(Protocol):
     """One kernel of a composite step."""
 
+    @property
+    def needs_n_int(self) -> bool:
+        """Whether it uses the n_int of the rollout."""
+        ...
+
     def __call__(
         self, model: nn.Module, y: Tensor, n_int: Tensor, solver: Solver, normal: NormalDraw
     ) -> Tensor:
@@ -89,6 +94,11 @@ class Interpolate:
 
     def __repr__(self) -> str:
         return f"Interpolate({'' if self.n_int is None else f'n_int={self.n_int:g}'})"
+
+    @property
+    def needs_n_int(self) -> bool:
+        """Whether it uses the n_int of the rollout."""
+        return self.n_int is None
 
     def config(self) -> dict:
         """What identifies the move."""
@@ -116,6 +126,11 @@ class Renoise:
 
     def __repr__(self) -> str:
         return f"Renoise({'' if self.n_int is None else f'n_int={self.n_int:g}'})"
+
+    @property
+    def needs_n_int(self) -> bool:
+        """Whether it uses the n_int of the rollout."""
+        return self.n_int is None
 
     def config(self) -> dict:
         """What identifies the move."""
@@ -155,6 +170,11 @@ class Propagate:
         if self.lag is None:
             return f"Propagate(share={self.share:g})"
         return f"Propagate({self.lag:g})"
+
+    @property
+    def needs_n_int(self) -> bool:
+        """Whether it uses the n_int of the rollout."""
+        return self.lag is None
 
     def config(self) -> dict:
         """What identifies the move."""

@@ -27,7 +27,7 @@ from bopito_inverse.arguments import (
     as_positive,
 )
 from bopito_inverse.datasets import Array, Trajectories, write_npz
-from bopito_inverse.sampling.rollout import Interpolate, Normal, Rollout, _as_n_int
+from bopito_inverse.sampling.rollout import Normal, Rollout, _as_n_int
 
 BATCH_SIZE = {"cpu": 4096, "cuda": 65536}
 BLOCK_FRAMES = 500_000
@@ -206,8 +206,9 @@ def _track(blocks: list[_Block], done: int, progress: bool) -> Iterator[_Block]:
 
 def _per_trajectory(n_int: float | Tensor | None, n: int, step: Rollout) -> Tensor:
     if n_int is None:
-        if any(isinstance(move, Interpolate) and move.n_int is None for move in step.moves):
-            raise ValueError("n_int must be given for the Interpolate move, got None")
+        for move in step.moves:
+            if move.needs_n_int:
+                raise ValueError(f"n_int must be given for {move}, got None")
         n_int = math.inf  # not used
     value = torch.as_tensor(n_int, dtype=torch.float32).detach().cpu()
     if value.shape not in ((), (n,)):

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from torch import Tensor
 from bopito_inverse import Interpolator
 from bopito_inverse.datasets import Trajectories
 from bopito_inverse.models import BoPITOScore, DynamicScore, EquilibriumScore
-from bopito_inverse.sampling import DPMSolver, Interpolate, Propagate, Rollout, sample
+from bopito_inverse.sampling import DPMSolver, Interpolate, Propagate, Renoise, Rollout, sample
 from bopito_inverse.systems import Prinz, TransferOperator
 
 sample_module = sys.modules["bopito_inverse.sampling.sample"]
@@ -102,8 +103,9 @@ def test_what_the_frames_depend_on() -> None:
 
 
 def test_n_int_is_needed_only_where_it_is_used() -> None:
-    with pytest.raises(ValueError, match=r"^n_int must be given for the Interpolate move"):
-        run(n_int=None)
+    for move in (Interpolate(), Renoise(), Propagate(share=0.5)):
+        with pytest.raises(ValueError, match=f"^n_int must be given for {re.escape(repr(move))},"):
+            run(n_int=None, step=Rollout([Propagate(5), move], 30))
     fixed = Rollout([Interpolate(40.0), Propagate(15)], 30, DPMSolver(3))
     assert torch.equal(frames_of(run(step=fixed, n_int=None)), frames_of(run()))
 
