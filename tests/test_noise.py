@@ -21,6 +21,16 @@ def test_variance_is_preserved_and_ratio_is_linear(noise: VPSchedule) -> None:
     assert float(noise.log_ratio(t[-1])) == pytest.approx(noise.end)
 
 
+@pytest.mark.parametrize("noise", SCHEDULES, ids=repr)
+def test_time_inverts_the_signal_amplitude(noise: VPSchedule) -> None:
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    torch.testing.assert_close(noise.time(noise.alpha(t)), t, atol=1e-11, rtol=0)
+    torch.testing.assert_close(noise.time(noise.alpha(t.float())), t.float(), atol=5e-4, rtol=0)
+    alpha = torch.linspace(0.1, 0.99, 50, dtype=torch.float64)
+    torch.testing.assert_close(noise.alpha(noise.time(alpha)), alpha)
+    assert torch.equal(noise.time(alpha[7]), noise.time(alpha)[7])
+
+
 def test_no_signal_is_left_at_the_end() -> None:
     assert VPSchedule().end <= -4
     assert float(VPSchedule().alpha(torch.tensor(1.0))) < math.exp(-4)

@@ -9,7 +9,15 @@ from torch import Tensor
 from bopito_inverse import Interpolator
 from bopito_inverse.arguments import as_generator
 from bopito_inverse.models import BoPITOScore
-from bopito_inverse.sampling import Ancestral, DPMSolver, Interpolate, Normal, Propagate, Rollout
+from bopito_inverse.sampling import (
+    Ancestral,
+    DPMSolver,
+    Interpolate,
+    Normal,
+    Propagate,
+    Renoise,
+    Rollout,
+)
 from bopito_inverse.sampling.solvers import standard_normal_quantiles
 from bopito_inverse.systems import Prinz, TransferOperator
 
@@ -151,8 +159,15 @@ def test_relaxation_repairs_the_stationary_density(cut: FullGrid) -> None:
     assert found["interpolate"] > 0.1
 
 
-def test_each_replica_has_its_own_n_int(cut: FullGrid) -> None:
-    step = Rollout([Interpolate(), Propagate(20)], step_lag=100)
+@pytest.mark.parametrize(
+    "step",
+    [
+        Rollout([Interpolate(), Propagate(20)], step_lag=100),
+        Rollout([Propagate(share=0.5), Renoise(), Propagate(20)], step_lag=100),
+    ],
+    ids=repr,
+)
+def test_each_replica_has_its_own_n_int(cut: FullGrid, step: Rollout) -> None:
     x_0 = torch.linspace(-1, 1, 30)[:, None]
     n_int = torch.tensor([30.0, 90.0, math.inf])
 

@@ -9,8 +9,17 @@ from torch import Tensor
 
 from bopito_inverse import Interpolator
 from bopito_inverse.models import BoPITOScore, DynamicScore, EquilibriumScore
-from bopito_inverse.noise import VPSchedule
-from bopito_inverse.sampling import Ancestral, DPMSolver, Heun, Interpolate, Propagate, Rollout
+from bopito_inverse.noise import VPSchedule, per_replica
+from bopito_inverse.sampling import (
+    Ancestral,
+    DPMSolver,
+    Heun,
+    Interpolate,
+    Propagate,
+    Renoise,
+    Rollout,
+)
+from bopito_inverse.sampling.rollout import Move
 from bopito_inverse.sampling.solvers import BoundScore, Solver, standard_normal_quantiles
 from bopito_inverse.systems import Prinz, TransferOperator
 
@@ -21,6 +30,7 @@ MEAN, STD = 0.4, 0.3
 
 def gaussian_eps(x_t: Tensor, t: Tensor) -> Tensor:
     """Noise prediction of N(MEAN, STD^2)."""
+    t = per_replica(t, x_t)
     alpha, sigma = NOISE.alpha(t), NOISE.sigma(t)
     return sigma * (x_t - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
 
@@ -32,12 +42,20 @@ def gaussian_data(x_t: Tensor, t: Tensor) -> Tensor:
 
 def gaussian_flow(x_1: Tensor) -> Tensor:
     """Where the probability flow takes x_1 + alpha D(x_1), then the data prediction at t = 0."""
-    one, zero = torch.ones((), dtype=x_1.dtype), torch.zeros((), dtype=x_1.dtype)
-    alpha, sigma = NOISE.alpha, NOISE.sigma
-    x_1 = x_1 + alpha(one) * gaussian_data(x_1, one)
-    spread = [(alpha(t) ** 2 * STD**2 + sigma(t) ** 2).sqrt() for t in (one, zero)]
-    x_t = alpha(zero) * MEAN + spread[1] / spread[0] * (x_1 - alpha(one) * MEAN)
-    return gaussian_data(x_t, zero)
+    one = torch.ones((), dtype=x_1.dtype)
+    return flow_from(x_1 + NOISE.alpha(one) * gaussian_data(x_1, one), one)
+
+
+def flow_from(x_t: Tensor, t: Tensor) -> Tensor:
+    """Where the probability flow takes x_t from t, then the data prediction at t = 0."""
+    zero = torch.zeros((), dtype=x_t.dtype)
+    shrink = gaussian_spread(zero) / gaussian_spread(t)
+    return gaussian_data(NOISE.alpha(zero) * MEAN + shrink * (x_t - NOISE.alpha(t) * MEAN), zero)
+
+
+def gaussian_spread(t: Tensor) -> Tensor:
+    """Standard deviation of N(MEAN, STD^2) noised to t."""
+    return (NOISE.alpha(t) ** 2 * STD**2 + NOISE.sigma(t) ** 2).sqrt()
 
 
 def no_draw(like: Tensor) -> Tensor:
@@ -139,6 +157,53 @@ def test_two_steps_of_order_one_by_hand() -> None:
         data = gaussian_data(x, s)
     made = DPMSolver(3, order=1)(gaussian_eps, NOISE, x_1, no_draw)
     torch.testing.assert_close(made, data)
+
+
+@pytest.mark.parametrize("solver", [DPMSolver(), DPMSolver(200, 1), Heun()], ids=repr)
+def test_a_signal_starts_the_flow_where_it_belongs(solver: Solver) -> None:
+    """One signal for each replica, against the closed form."""
+    w = torch.tensor([0.0, 0.05, 0.3, 0.8, 0.99, 0.9995, 1.0], dtype=torch.float64)
+    x_t = torch.linspace(-1, 2, 7, dtype=torch.float64)[:, None]
+    made = solver(gaussian_eps, NOISE, x_t, no_draw, w)
+    torch.testing.assert_close(made[:1], gaussian_flow(x_t[:1]), atol=5e-3, rtol=0)
+    torch.testing.assert_close(made[:1], solver(gaussian_eps, NOISE, x_t[:1], no_draw))
+    exact = flow_from(x_t[1:-1], NOISE.time(w[1:-1])[:, None])
+    torch.testing.assert_close(made[1:-1], exact, atol=5e-3, rtol=0)
+    torch.testing.assert_close(made[-1], x_t[-1], atol=2e-2, rtol=0)  # close to the identity
+    others = flow_from(x_t[1:-1], NOISE.time(w[1:-1].roll(1))[:, None])
+    assert float((made[1:-1] - others).abs().min()) > 0.02
+    for i in range(7):
+        torch.testing.assert_close(made[i], solver(gaussian_eps, NOISE, x_t[i], no_draw, w[i]))
+
+
+@pytest.mark.parametrize("w", [0.0, 0.005, 0.0178, 0.0184, 0.1, 0.6, 0.95, 0.9996, 0.99999])
+@pytest.mark.parametrize("solver", [DPMSolver(), Heun(), Ancestral(1000)], ids=repr)
+def test_noised_frames_return_to_their_density_from_any_signal(solver: Solver, w: float) -> None:
+    """x_t = w y + sqrt(1 - w^2) eps; all is linear, so that moments follow from the gradient."""
+    count = solver.evaluations if isinstance(solver, Ancestral) else 1
+    z = torch.zeros(1 + count, 1, 1, dtype=torch.float64, requires_grad=True)
+    draws = iter(z[2:])
+    noised = w * (MEAN + STD * z[0]) + math.sqrt(1 - w**2) * z[1]
+    signal = torch.tensor(w, dtype=torch.float64)
+    x = solver(gaussian_eps, NOISE, noised, lambda like: next(draws), signal)
+    (gradient,) = torch.autograd.grad(x.sum(), z)
+    assert next(draws, None) is None
+    assert float(x.detach()) == pytest.approx(MEAN, abs=2e-3)
+    assert float(gradient.square().sum()) / STD**2 == pytest.approx(1, abs=0.04)
+
+
+def test_ancestral_sampling_from_a_signal_has_the_conditional_moments() -> None:
+    """Mean and variance of y given x_t = w y + sigma eps."""
+    n, w = 500, torch.tensor(0.8, dtype=torch.float64)
+    z = torch.zeros(n - 1, 1, 1, dtype=torch.float64, requires_grad=True)
+    draws = iter(z)
+    x_t = torch.tensor([[0.9]], dtype=torch.float64)
+    x = Ancestral(n)(gaussian_eps, NOISE, x_t, lambda like: next(draws), w)
+    (gradient,) = torch.autograd.grad(x.sum(), z)
+    precision = 1 / STD**2 + w**2 / (1 - w**2)
+    mean = (MEAN / STD**2 + w * x_t / (1 - w**2)) / precision
+    assert float(x.detach()) == pytest.approx(float(mean), abs=1e-3)
+    assert float(gradient.square().sum() * precision) == pytest.approx(1, abs=0.03)
 
 
 def test_ancestral_sampling_of_a_gaussian_converges_at_first_order() -> None:
@@ -261,17 +326,22 @@ SOLVERS = [DPMSolver(6, 1), DPMSolver(6, 2), DPMSolver(6, 3), Heun(7), Ancestral
 
 @pytest.mark.parametrize("n_int", [12.0, 35.0])
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
-def test_gradient_in_n_int(solver: Solver, n_int: float) -> None:
+@pytest.mark.parametrize(
+    "moves",
+    [[Interpolate(), Propagate(15)], [Propagate(share=0.5), Renoise(), Propagate(share=0.2)]],
+    ids=repr,
+)
+def test_gradient_in_n_int(moves: list[Move], solver: Solver, n_int: float) -> None:
     """Through one move and through a rollout, one n_int per replica, by finite differences."""
     model = small_model()
     x_0 = torch.tensor([[0.3, -0.2], [0.5, 0.1]], dtype=torch.float64)
     n = torch.full((2,), n_int, dtype=torch.float64, requires_grad=True)
-    step = Rollout([Interpolate()], 30, solver)
+    step = Rollout(moves[:1], 30, solver)
 
     def one_move(n: Tensor) -> Tensor:
         return step.step(model, x_0, n, from_generator(5))
 
-    composite = Rollout([Interpolate(), Propagate(15)], 30, solver)
+    composite = Rollout(moves, 30, solver)
 
     def rollout(n: Tensor) -> Tensor:
         return torch.stack(list(composite.frames(model, x_0, n, 2, from_generator(6))))
