@@ -5,10 +5,14 @@ from scipy.stats import chi2
 
 POOR_FIT = 1e-3
 MONTE_CARLO_LIMIT = 0.5
+LEARNED = 0.1
 
 
 class Status(str):
-    """A one-word code (`ok`, `bound`, `poor_fit`, `mc_limited`) with a `message` for people."""
+    """A one-word code, with a `message` for people.
+
+    Codes are `ok`, `bound`, `unidentified`, `poor_fit` and `mc_limited`.
+    """
 
     message: str
 
@@ -23,7 +27,9 @@ class Status(str):
         return str(self), self.message
 
 
-def judge(leans_fast: bool, leans_slow: bool, p_value: float, monte_carlo_share: float) -> Status:
+def judge(
+    leans_fast: bool, leans_slow: bool, p_value: float, monte_carlo_share: float, learned: float
+) -> Status:
     """The status of a posterior.
 
     Args:
@@ -31,8 +37,15 @@ def judge(leans_fast: bool, leans_slow: bool, p_value: float, monte_carlo_share:
         leans_slow: whether it leans on the shortest lag.
         p_value: chance of a larger squared residual at the best n_int.
         monte_carlo_share: part of the posterior variance that more replicas would remove.
+        learned: part of the spread of the prior that the data took away.
     """
     misfit = f" (and no n_int explains the data, p = {p_value:.1g})" if p_value < POOR_FIT else ""
+    if learned < LEARNED and leans_fast == leans_slow:
+        return Status(
+            "unidentified",
+            "the data say next to nothing about n_int, and the posterior is the prior: measure "
+            "with smaller errors, or at lags where the correlation changes with n_int",
+        )
     if leans_fast:
         return Status(
             "bound",
@@ -61,7 +74,12 @@ def judge(leans_fast: bool, leans_slow: bool, p_value: float, monte_carlo_share:
     return Status("ok", "the posterior is inside the family and the fit explains the data")
 
 
-def p_value(residual: np.ndarray, covariance: np.ndarray) -> float:
-    """Chance of a larger squared residual (L,) under its covariance, one parameter being fitted."""
+def p_value(residual: np.ndarray, covariance: np.ndarray, n_parameters: int = 1) -> float:
+    """Chance of a larger squared residual (L,) under its covariance, some parameters fitted.
+
+    One where there are no more points than parameters: nothing is left to be checked.
+    """
+    if len(residual) <= n_parameters:
+        return 1.0
     squared = residual @ np.linalg.solve(covariance, residual)
-    return float(chi2.sf(squared, max(len(residual) - 1, 1)))
+    return float(chi2.sf(squared, len(residual) - n_parameters))

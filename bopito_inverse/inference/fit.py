@@ -1,395 +1,396 @@
-r"""The fit of one N_int to a measured correlation function, through the composite step.
+r"""The fit of N_int to measured correlation functions, through the composite step.
 
-The measurement y at lags k Delta is Gaussian about the k-fold composite step,
-
-    y | u ~ N(g(u), Sigma_exp + Sigma_mc(u)),
-
-where Sigma_mc is the Monte Carlo covariance of the prediction itself. A pilot emulator over the
-whole family finds where the posterior is; the final one covers that interval with all replicas;
-the posterior is then exact quadrature over the coordinate u (see `emulator`).
+The likelihood is that of `likelihood`, the parameters are those of `design`, the prior is uniform
+in the levels of `prior`. A *pilot* emulator with few replicas over the whole family finds where the
+posterior is, and how many replicas it takes for the Monte Carlo noise of the prediction not to
+matter. The final emulator covers that interval; nodes are added where the posterior is, until the
+error of the interpolation does not matter either. `explore` then gives the posterior.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from scipy.stats import norm
 
-from bopito_inverse.arguments import Device, as_count
+from bopito_inverse.arguments import Device, as_count, as_positive
 from bopito_inverse.datasets import Array, Frames
-from bopito_inverse.inference.diagnostics import Status, judge, p_value
-from bopito_inverse.inference.emulator import Coordinate, Emulator
-from bopito_inverse.inference.posterior import (
-    Estimate,
-    ess_bulk,
-    estimate,
-    inference_data,
+from bopito_inverse.inference.design import Clock, Design
+from bopito_inverse.inference.diagnostics import judge, p_value
+from bopito_inverse.inference.discrepancy import (
+    INTERPOLATED_SD,
+    LOCAL_SD,
+    Discrepancy,
+    mixture,
+    other_step,
+    whole_family,
 )
-from bopito_inverse.inference.prediction import Prediction
-from bopito_inverse.inference.timescale import timescale
+from bopito_inverse.inference.emulator import Coordinate, Emulator
+from bopito_inverse.inference.explore import CHAINS, DRAWS, Explored
+from bopito_inverse.inference.likelihood import Likelihood, Nuisance
+from bopito_inverse.inference.posterior import ess_bulk, estimate
+from bopito_inverse.inference.prediction import Prediction, as_observables
+from bopito_inverse.inference.prior import Prior
+from bopito_inverse.inference.problem import Problem
+from bopito_inverse.inference.result import Draws, FitResult, one_or_all
 from bopito_inverse.interpolator import Interpolator
 from bopito_inverse.observables import Correlation, Experiment
-from bopito_inverse.sampling.rollout import Rollout
+from bopito_inverse.sampling.rollout import Renoise, Rollout, renoising_step
 
-CHAINS, DRAWS = 4, 1000
-GRID = 1001
-PILOT_NODES, PILOT_SHARE = 9, 8
-PILOT_DROP = 12.0  # log density below the peak at which the final interval ends
-CUT_DENSITY = 1e-4  # density over its peak above which an interval is too narrow
-PRIOR_LEVELS = np.linspace(1e-6, 1 - 1e-6, 501)  # quantiles of a prior that the grid holds
-EDGE_WIDTH, EDGE_MASS, EDGE_LIKELIHOOD = 0.02, 0.01, 0.1  # in u: a posterior that leans on an end
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """The posterior of N_int and of what follows from it.
-
-    Attributes:
-        n_int: interpolation parameter, in frames.
-        weight: w = lambda_hat^(n_int - lag_max).
-        timescale: implied timescale of the composite step, in frames.
-        map: n_int at the maximum of the density of u, or of n_int where it has a prior.
-        status: `ok`, or a code with a `message` that says what to do.
-        ess_bulk: effective sample size of the draws.
-        p_value: chance of a larger squared residual than that at `map` (chi-squared).
-        monte_carlo_share: part of the posterior variance of u that more replicas would remove.
-        idata: ArviZ InferenceData.
-        lag_max, lambda_hat, step_lag, n_replicas, seed: what the fit was made with.
-    """
-
-    n_int: Estimate
-    weight: Estimate
-    timescale: Estimate
-    map: float
-    status: Status
-    ess_bulk: float
-    p_value: float
-    monte_carlo_share: float
-    idata: Any
-    lag_max: int
-    lambda_hat: float
-    step_lag: int
-    n_replicas: int
-    seed: int
-    _emulator: Emulator
-    _prediction: Prediction
-
-    def summary(self) -> dict[str, Any]:
-        """All numbers as plain JSON values."""
-        estimates = {
-            name: getattr(self, name).to_dict() for name in ("n_int", "weight", "timescale")
-        }
-        scalars = {
-            name: getattr(self, name)
-            for name in (
-                "ess_bulk",
-                "p_value",
-                "monte_carlo_share",
-                "lag_max",
-                "lambda_hat",
-                "step_lag",
-                "n_replicas",
-                "seed",
-            )
-        }
-        scalars["map"] = self.map if math.isfinite(self.map) else None
-        return estimates | scalars | {"status": str(self.status), "message": self.status.message}
-
-    def __str__(self) -> str:
-        return (
-            f"N_int      {self.n_int}\nweight     {self.weight}\n"
-            f"timescale  {self.timescale}\nstatus     {self.status}: {self.status.message}"
-        )
-
-    def predict(self, lags: np.ndarray) -> np.ndarray:
-        """Posterior draws of the correlation at other lags, (chains, draws, L).
-
-        Args:
-            lags: multiples of `step_lag` up to the longest lag that was fitted, in frames.
-        """
-        steps = self._prediction.steps_of(lags)
-        if steps.max() > self._emulator.n_steps:
-            longest = self._emulator.n_steps * self.step_lag
-            raise ValueError(f"lags must be at most {longest:g} (the longest fitted), got {lags}")
-        u = self._emulator.coordinate.from_n_int(self.idata.posterior["n_int"].values)
-        mean, covariance = self._emulator(u.ravel())
-        noise = _gaussian(_block(covariance, steps - 1), np.random.default_rng([self.seed, 1]))
-        return (mean[:, steps - 1] + noise).reshape(*u.shape, -1)
+N_REPLICAS, TARGET_MC_FRACTION, MAX_REPLICAS = 4096, 0.15, 65536
+PILOT_NODES, PILOT_SHARE, PILOT_REPLICAS = 7, 8, 512
+PILOT_TAIL = 1e-5  # posterior weight outside of the final interval
+EDGE_SHARE, EDGE_WEIGHT = 0.02, 1e-3  # outermost part of an interval, and what it may hold
+LEAN_WIDTH, LEAN_MASS, LEAN_LIKELIHOOD = 0.02, 0.01, 0.1  # in u: leaning on an end of the family
+EMULATOR_SHARE, MAX_NODES = 0.01, 12  # when to stop adding nodes
+RELEVANT = 0.02  # squared size of a discrepancy, in units of the error, that counts
 
 
 def fit(
     model: Interpolator,
     step: Rollout,
-    obs: Correlation,
-    exp: Experiment,
+    obs: Correlation | Mapping[str, Correlation],
+    exp: Experiment | Sequence[Experiment],
     starts: Array | Frames,
     prior: Any = None,
     mode: str = "rollout",
     seed: int = 0,
-    n_replicas: int = 4096,
+    n_replicas: int | None = None,
     device: Device | str = "auto",
+    *,
+    shared: bool = True,
+    mask: np.ndarray | Sequence[bool] | None = None,
+    clock: Clock | None = None,
+    nuisance: Nuisance | Mapping[str, Nuisance] | None = None,
+    dof: float | None = None,
+    discrepancy: bool | float | str = "auto",
+    target_mc_fraction: float | None = None,
+    max_replicas: int = MAX_REPLICAS,
 ) -> FitResult:
-    """Fit N_int to a measured correlation function.
+    """Fit N_int to measured correlation functions.
 
     Args:
         model: the interpolator.
         step: the composite step; it stands for `step.step_lag` frames.
-        obs: the correlation function, normalised as in the experiment.
-        exp: the measurement, of one observable; lags must be multiples of `step.step_lag`.
+        obs: the correlation function, normalised as in the experiment; or several by name, of
+            which the experiment may hold some: the others can be predicted.
+        exp: the measurement, or several; lags must be multiples of `step.step_lag` (rollout) or
+            exceed `lag_max` (direct).
         starts: frames of the stationary density mu, (n, *event), or weighted `Frames`.
-        prior: a frozen `scipy.stats` distribution of n_int. By default u is uniform (see
-            `emulator`): dynamics faster and slower than the data are equally likely, and among
-            the faster ones w is uniform.
-        mode: `rollout`, the k-fold composite step.
+        prior: a frozen `scipy.stats` distribution of n_int, or a `Prior` of the weight or the
+            timescale. By default u is uniform (see `emulator`): dynamics faster and slower than
+            the data are equally likely, and among the faster ones w is uniform.
+        mode: `rollout`, the k-fold composite step; or `direct`, one composite step for each
+            measured lag, with its own n_int.
         seed: integer.
-        n_replicas: rollouts at each node of the emulator.
+        n_replicas: rollouts at each node of the emulator. By default as many as
+            `target_mc_fraction` needs, at least 4096.
         device: `auto`, `cpu` or `cuda`.
+        shared: whether several experiments have one n_int.
+        mask: true for the points that are fitted, (L,) over all experiments; the others are held
+            out.
+        clock: ties the n_int of the lags of a direct fit.
+        nuisance: priors of scale, offset and error bars, for all observables or by name.
+        dof: degrees of freedom of Student-t errors of the experiment; Gaussian by default.
+        discrepancy: whether the step itself may be wrong (see `discrepancy`); a number is the
+            standard deviation of tau; `auto` leaves it out where it would not matter.
+        target_mc_fraction: largest share of the posterior variance that Monte Carlo noise may
+            have, in (0, 1); 0.15 where `n_replicas` is not given.
+        max_replicas: limit to what `target_mc_fraction` may ask for.
 
     Returns:
         The posterior, with a status that says whether to trust it.
 
     Raises:
-        ValueError: lags that are not multiples of the step, several observables, a prior with no
-            density in the family, starts of the wrong shape.
+        ValueError: names the argument, what was expected and what came.
     """
-    if mode != "rollout":
-        raise ValueError(f"mode must be 'rollout', got {mode!r}")
-    if len(exp.observables) != 1:
-        raise ValueError(f"exp must hold one observable, got {exp.observables}; use exp.select")
-    exp.steps(step.step_lag)
-    coordinate = Coordinate(model.lag_max, model.lambda_hat)
-    if prior is not None:
-        _check(prior, coordinate)
-    whole = (coordinate.low, coordinate.high)
+    prior = prior if prior is None or isinstance(prior, Prior) else Prior(prior)
+    experiments = [exp] if isinstance(exp, Experiment) else list(exp)
+    observables = _named(obs, experiments)
+    coordinate = Coordinate(model.lag_max, model.lambda_hat, step.slower)
+    design = Design(
+        experiments, list(observables), step.step_lag, coordinate, mode, shared, clock, nuisance
+    )
+    options = _Options(
+        prior,
+        None if dof is None else as_positive("dof", dof),
+        _as_discrepancy(discrepancy),
+        *_budget(n_replicas, target_mc_fraction, max_replicas),
+        as_count("seed", seed, 0),
+    )
+    if options.dof is not None and np.count_nonzero(design.points.covariance) > len(design.points):
+        raise ValueError("dof is for experiments with independent errors, got a covariance matrix")
+    keep = _as_mask(mask, len(design.points))
+    longest = [design.n_steps * step.step_lag]
 
-    def predict(replicas: int) -> Prediction:
-        return Prediction(model, step, obs, exp.lags, starts, seed, replicas, device)
+    def predict(of: Rollout, replicas: int) -> Prediction:
+        return Prediction(model, of, observables, longest, starts, seed, replicas, device)
 
-    pilot_replicas = max(256, as_count("n_replicas", n_replicas, 4) // PILOT_SHARE)
-    pilot = Emulator(predict(min(pilot_replicas, n_replicas)), coordinate, whole, PILOT_NODES)
-    prediction = predict(n_replicas)
-    wider = _interval(_Posterior(pilot, exp, prediction.steps, prior, mc_scale=4.0))
-    interval = None
-    while wider != interval:
-        interval = wider
-        emulator = Emulator(prediction, coordinate, interval)
-        posterior = _Posterior(emulator, exp, prediction.steps, prior)
-        wider = posterior.wider()
-    return _result(posterior, prediction, model, step, n_replicas, seed)
+    return _Fit(design, keep, options, step, predict).run()
 
 
-class _Posterior:
-    """The posterior density on a grid of an emulator's interval.
+@dataclass(frozen=True)
+class _Options:
+    prior: Prior | None
+    dof: float | None
+    discrepancy: float | None  # sd of tau, None for auto
+    n_replicas: int
+    target: float | None
+    max_replicas: int
+    seed: int
 
-    The density is that of `axis`, u for the default prior and -n_int for a prior on n_int, which
-    is as well behaved as that prior; either increases with u.
-    """
+
+class _Fit:
+    """The run of one fit: pilot, interval, budget, nodes, posterior."""
 
     def __init__(
-        self,
-        emulator: Emulator,
-        exp: Experiment,
-        steps: np.ndarray,
-        prior: Any,
-        mc_scale: float = 1.0,
+        self, design: Design, keep: np.ndarray, options: _Options, step: Rollout, predict: Any
     ) -> None:
-        self.emulator, self.exp, self.columns = emulator, exp, steps - 1
-        self.u = _grid(emulator, prior)
-        self.axis = self.u if prior is None else -emulator.coordinate.n_int(self.u)
-        mean, covariance = emulator(self.u)
-        self.prediction = mean[:, self.columns]
-        self.residual = exp.values - self.prediction
-        self.covariance = exp.covariance + mc_scale * _block(covariance, self.columns)
-        self.log_prior = _log_prior(prior, emulator.coordinate, self.u)
-        self.log_likelihood = _log_normal(self.residual, self.covariance)
-        self.log_density = self.log_prior + self.log_likelihood
-        if not np.isfinite(self.log_density).any():
-            raise ValueError("prior must have density where the model can be, n_int above 1 frame")
-        self.density = self._normalised(self.log_density)
+        self.design, self.keep, self.options = design, keep, options
+        self.step, self.predict = step, predict
+        self.coordinate = design.coordinate
+        self.spent = 0  # rollouts
 
-    def _normalised(self, log_density: np.ndarray) -> np.ndarray:
-        density = np.exp(log_density - np.nanmax(log_density))
-        return density / np.trapezoid(density, self.axis)
+    def run(self) -> FitResult:
+        """The posterior."""
+        family = (self.coordinate.low, self.coordinate.high)
+        if self.options.prior is not None:
+            _check_family(self.options.prior, self.coordinate)
+        pilot = self._emulator(self.step, self._pilot_replicas, family, PILOT_NODES)
+        _check_finite(pilot, self.design)
+        first = self._problem(pilot)
+        explored = first.explore(self.options.seed)
+        n_replicas = self._replicas(first.shares(explored)["monte_carlo"])
+        interval = self._interval(first, explored)
+        alternative, sd = self._alternative(pilot, interval)
+        while True:
+            emulator = self._emulator(self.step, n_replicas, interval)
+            term = Discrepancy(emulator, alternative, sd) if sd > 0 else None
+            problem, explored = self._refined(emulator, term)
+            wider = self._wider(problem, explored)
+            if wider == interval:
+                break
+            interval = wider
+        return self._result(problem, explored, first)
 
-    def wider(self) -> tuple[float, float]:
+    @property
+    def _pilot_replicas(self) -> int:
+        n = self.options.n_replicas
+        return min(n, max(PILOT_REPLICAS, n // PILOT_SHARE))
+
+    def _emulator(
+        self, step: Rollout, replicas: int, interval: tuple[float, float], n_nodes: int = 5
+    ) -> Emulator:
+        made = Emulator(self.predict(step, replicas), self.coordinate, interval, n_nodes)
+        self.spent += len(made.nodes) * made.prediction.n_replicas
+        return made
+
+    def _problem(self, emulator: Emulator, term: Discrepancy | None = None) -> Problem:
+        likelihood = Likelihood(self.design.points[self.keep], emulator, term, self.options.dof)
+        return Problem(self.design, self.keep, likelihood, self.options.prior)
+
+    def _alternative(self, pilot: Emulator, interval: tuple[float, float]) -> tuple[Any, float]:
+        """Another step that the discrepancy compares with, and the standard deviation of tau."""
+        sd = self.options.discrepancy
+        if sd == 0 or interval[0] >= 1:  # the trained model itself is what is fitted
+            return None, 0.0
+        if any(isinstance(move, Renoise) for move in self.step.moves):
+            return mixture(pilot), LOCAL_SD if sd is None else sd
+        other = renoising_step(self.coordinate.lag_max, self.step.step_lag, self.step.solver)
+        interval = whole_family(self.coordinate)
+        emulator = self._emulator(other, pilot.prediction.n_replicas, interval, PILOT_NODES)
+        return other_step(emulator), INTERPOLATED_SD if sd is None else sd
+
+    def _replicas(self, share: float) -> int:
+        """Replicas that the target needs, from the Monte Carlo share of the pilot."""
+        target, n = self.options.target, self.options.n_replicas
+        if target is None:
+            return n
+        needed = _needed(share, self._pilot_replicas, target)
+        return int(min(max(n, needed), max(n, self.options.max_replicas)))
+
+    def _interval(self, pilot: Problem, explored: Explored) -> tuple[float, float]:
+        """Where the posterior is, by the pilot, with a margin of a tenth."""
+        inside = pilot.parameters(explored.above(PILOT_TAIL * explored.weights.max()).levels).u
+        low, high = pilot.emulator.interval
+        margin = max(0.1 * np.ptp(inside), 0.01 * (high - low))
+        return max(low, inside.min() - margin), min(high, inside.max() + margin)
+
+    def _wider(self, problem: Problem, explored: Explored) -> tuple[float, float]:
         """The interval, extended by its length where the posterior does not end before it."""
-        low, high = self.emulator.interval
-        family, limit = self.emulator.coordinate, CUT_DENSITY * self.density.max()
-        left, right = self.density[0] > limit, self.density[-1] > limit
+        low, high = problem.emulator.interval
+        u = problem.parameters(explored.levels).u
+        near = EDGE_SHARE * (high - low)
+        left = explored.weights @ (u.min(1) < low + near) > EDGE_WEIGHT
+        right = explored.weights @ (u.max(1) > high - near) > EDGE_WEIGHT
+        family = self.coordinate
         return (
             max(family.low, 2 * low - high) if left else low,
             min(family.high, 2 * high - low) if right else high,
         )
 
-    def leans(self, edge: float) -> bool:
-        """Whether neither the data nor the prior exclude an end of the family."""
-        if edge not in self.emulator.interval:
-            return False
-        near = np.abs(self.u - edge) <= EDGE_WIDTH
-        likelihood = np.exp(self.log_likelihood[near].max() - self.log_likelihood.max())
-        mass = np.trapezoid(np.where(near, self.density, 0.0), self.axis)
-        return bool(likelihood > EDGE_LIKELIHOOD and mass > EDGE_MASS)
+    def _refined(self, emulator: Emulator, term: Discrepancy | None) -> tuple[Problem, Explored]:
+        """The posterior, with nodes added until the error of the emulator does not matter."""
+        while True:
+            problem = self._problem(emulator, term)
+            explored = problem.explore(self.options.seed)
+            if self.options.discrepancy is None and not self._matters(problem, explored):
+                term = None
+                continue
+            share = problem.shares(explored)["emulator"]
+            if share < EMULATOR_SHARE or len(emulator.nodes) >= MAX_NODES:
+                return problem, explored
+            emulator.add(self._next_node(problem, explored))
+            self.spent += emulator.prediction.n_replicas
 
-    def variance(self, density: np.ndarray) -> float:
-        """Variance of u under a density on the grid."""
-        mean = np.trapezoid(density * self.u, self.axis)
-        return float(np.trapezoid(density * (self.u - mean) ** 2, self.axis))
+    def _matters(self, problem: Problem, explored: Explored) -> bool:
+        """Whether the discrepancy is of any size beside the other errors."""
+        d_of = problem.likelihood.discrepancy
+        if d_of is None:
+            return True
+        best = problem.parameters(explored.levels[[np.nanargmax(explored.log_density)]])
+        without = problem.likelihood.varied(discrepancy=None).moments(best).total[0]
+        points = problem.likelihood.points
+        d = d_of(best.u[:, points.group], points.columns)[0] * best.scale[0]
+        return bool(d @ np.linalg.solve(without, d) > RELEVANT)
 
-    def monte_carlo_share(self) -> float:
-        """1 - (variance with no Monte Carlo noise) / variance."""
-        exact = np.broadcast_to(self.exp.covariance, self.covariance.shape)
-        sharp = self._normalised(self.log_prior + _log_normal(self.residual, exact))
-        return max(0.0, 1 - self.variance(sharp) / self.variance(self.density))
+    def _next_node(self, problem: Problem, explored: Explored) -> float:
+        """Where the posterior is dense and no node is near."""
+        emulator = problem.emulator
+        low, high = emulator.interval
+        u = problem.parameters(explored.levels).u
+        density, edges = np.histogram(
+            u, 60, (low, high), weights=np.repeat(explored.weights[:, None], u.shape[1], 1)
+        )
+        centre = (edges[1:] + edges[:-1]) / 2
+        score = np.sqrt(density / density.max() + 1e-3) * emulator.remoteness(centre)
+        return float(centre[np.argmax(score)])
 
-    def draws(self, rng: np.random.Generator) -> np.ndarray:
-        """Draws of u, (CHAINS, DRAWS), one from each of equally likely strata."""
-        n = CHAINS * DRAWS
-        cdf = np.concatenate([[0], np.cumsum(np.diff(self.axis) * _midpoints(self.density))])
-        drawn = np.interp((np.arange(n) + rng.random(n)) / n, cdf / cdf[-1], self.axis)
-        u = drawn if self.axis is self.u else self.emulator.coordinate.from_n_int(-drawn)
-        return rng.permutation(u).reshape(CHAINS, DRAWS)
-
-
-def _interval(pilot: _Posterior) -> tuple[float, float]:
-    """Where the posterior can be, by the pilot, with a margin of a tenth."""
-    inside = pilot.u[pilot.log_density > np.nanmax(pilot.log_density) - PILOT_DROP]
-    low, high = pilot.emulator.interval
-    margin = max(0.1 * (inside[-1] - inside[0]), 0.01 * (high - low))
-    return max(low, inside[0] - margin), min(high, inside[-1] + margin)
-
-
-def _result(
-    posterior: _Posterior,
-    prediction: Prediction,
-    model: Interpolator,
-    step: Rollout,
-    n_replicas: int,
-    seed: int,
-) -> FitResult:
-    emulator, exp = posterior.emulator, posterior.exp
-    coordinate = emulator.coordinate
-    rng = np.random.default_rng([seed, 0])
-    u = posterior.draws(rng)
-    eigenvalue, predicted = _given_data(posterior, u.ravel(), rng)
-    shape = (CHAINS, DRAWS)
-    draws = {
-        "n_int": coordinate.n_int(u),
-        "weight": coordinate.weight(u),
-        "timescale": timescale(torch.from_numpy(eigenvalue), step.step_lag).numpy().reshape(shape),
-        "prediction": predicted.reshape(*shape, -1),
-    }
-    noise = rng.multivariate_normal(np.zeros(len(exp)), exp.covariance, size=u.size)
-    scalars: dict[str, Any] = {
-        "lag_max": model.lag_max,
-        "lambda_hat": model.lambda_hat,
-        "step_lag": step.step_lag,
-        "n_replicas": n_replicas,
-        "seed": seed,
-    }
-    best = int(np.nanargmax(posterior.log_density))
-    p = p_value(posterior.residual[best], posterior.covariance[best])
-    share = posterior.monte_carlo_share()
-    return FitResult(
-        n_int=estimate(draws["n_int"]),
-        weight=estimate(draws["weight"]),
-        timescale=estimate(draws["timescale"]),
-        map=float(coordinate.n_int(posterior.u[best])),
-        status=judge(posterior.leans(coordinate.low), posterior.leans(coordinate.high), p, share),
-        ess_bulk=ess_bulk(u),
-        p_value=p,
-        monte_carlo_share=share,
-        idata=inference_data(
-            draws,
-            draws["prediction"] + noise.reshape(*shape, -1),
-            _pointwise(posterior, u),
-            exp.values,
-            {"sigma": exp.sigma, **scalars},
-            exp.lags,
-        ),
-        _emulator=emulator,
-        _prediction=prediction,
-        **scalars,
-    )
+    def _result(self, problem: Problem, explored: Explored, first: Problem) -> FitResult:
+        draws = Draws(problem, explored, first, self.options.seed)
+        shares = problem.shares(explored)
+        best = problem.parameters(explored.levels[[draws.best]])
+        moments = problem.likelihood.moments(best)
+        residual = problem.likelihood.points.values - moments.mean[0]
+        p = p_value(residual, moments.total[0], explored.levels.shape[1])
+        n_replicas = problem.emulator.prediction.n_replicas
+        u = draws.parameters.u.reshape(CHAINS, DRAWS, -1)
+        grouped = {name: draws.named[name] for name in ("n_int", "weight", "timescale")}
+        estimates = {
+            name: one_or_all([estimate(values[..., g]) for g in range(values.shape[-1])])
+            for name, values in grouped.items()
+        }
+        scalars: dict[str, Any] = {
+            "lag_max": self.coordinate.lag_max,
+            "lambda_hat": self.coordinate.lambda_hat,
+            "step_lag": self.design.step_lag,
+            "n_replicas": n_replicas,
+            "seed": self.options.seed,
+        }
+        return FitResult(
+            **estimates,
+            map=one_or_all([float(n) for n in self.coordinate.n_int(best.u[0])]),
+            status=judge(
+                leans_fast=_leans(problem, explored, self.coordinate.low),
+                leans_slow=_leans(problem, explored, self.coordinate.high),
+                p_value=p,
+                monte_carlo_share=shares["monte_carlo"],
+                learned=draws.learned,
+            ),
+            ess_bulk=min(ess_bulk(u[..., g]) for g in range(u.shape[-1])),
+            p_value=p,
+            variance_shares=shares,
+            replicas_for_tenth=_needed(shares["monte_carlo"], n_replicas, 0.1),
+            cost=self.spent / n_replicas,
+            idata=draws.inference_data(scalars),
+            **scalars,
+            _problem=problem,
+            _explored=explored,
+        )
 
 
-def _pointwise(posterior: _Posterior, u: np.ndarray) -> np.ndarray:
-    """Log likelihood of each point by itself at each draw, (CHAINS, DRAWS, L)."""
-    variance = np.diagonal(posterior.covariance, axis1=1, axis2=2)
-
-    def at(columns: np.ndarray) -> np.ndarray:
-        return np.stack([np.interp(u, posterior.u, column) for column in columns.T], axis=-1)
-
-    sd = np.sqrt(at(variance))
-    return norm.logpdf(posterior.exp.values, at(posterior.prediction), sd)
-
-
-def _given_data(
-    posterior: _Posterior, u: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draws of the second eigenvalue (n,) and of the true prediction (n, L) given u and the data.
-
-    The Monte Carlo errors of both are jointly Gaussian with that of the prediction that was
-    compared with the data, so that the residual says something about them.
-    """
-    mean, covariance = posterior.emulator(u)
-    columns = np.append(posterior.columns, mean.shape[1] - 1)
-    mean, covariance = mean[:, columns], _block(covariance, columns)
-    total = posterior.exp.covariance + covariance[:, :-1, :-1]
-    gain = np.linalg.solve(total, covariance[:, :-1, :]).transpose(0, 2, 1)  # (n, L + 1, L)
-    residual = posterior.exp.values - mean[:, :-1]
-    conditional = mean + np.einsum("nij,nj->ni", gain, residual)
-    remaining = covariance - gain @ covariance[:, :-1, :]
-    drawn = conditional + _gaussian(remaining, rng)
-    return drawn[:, -1], drawn[:, :-1]
+def _leans(problem: Problem, explored: Explored, edge: float) -> bool:
+    """Whether neither the data nor the prior exclude an end of the family."""
+    if edge not in problem.emulator.interval:
+        return False
+    near = (np.abs(problem.parameters(explored.levels).u - edge) <= LEAN_WIDTH).any(1)
+    if not near.any():
+        return False
+    top = np.nanmax(explored.log_density)
+    likelihood = math.exp(np.nanmax(explored.log_density[near]) - top)
+    return bool(likelihood > LEAN_LIKELIHOOD and explored.weights[near].sum() > LEAN_MASS)
 
 
-def _grid(emulator: Emulator, prior: Any) -> np.ndarray:
-    """Where the posterior is computed: even in u, and at the quantiles of a prior on n_int."""
-    low, high = emulator.interval
-    u = np.linspace(low, high, GRID)
-    if prior is None:
-        return u
-    n = prior.ppf(PRIOR_LEVELS)
-    beyond = np.array([n[0] - 1e-3 * np.ptp(n), n[-1] + 1e-3 * np.ptp(n)])  # ends of a box
-    own = emulator.coordinate.from_n_int(np.maximum(np.concatenate([n, beyond]), 1e-9))
-    u = np.unique(np.concatenate([u, own[(own > low) & (own < high)]]))
-    return u[u > 0]
+def _needed(share: float, n_replicas: int, target: float) -> int:
+    """Replicas at which Monte Carlo noise has a share of the variance, if it goes as 1 / n."""
+    share = min(share, 0.99)
+    return math.ceil(n_replicas * share * (1 - target) / ((1 - share) * target))
 
 
-def _check(prior: Any, coordinate: Coordinate) -> None:
-    """Refuse what is no distribution, or has no mass in the family, before anything is computed."""
-    if not hasattr(prior, "logpdf"):
-        raise ValueError(f"prior must be a frozen scipy.stats distribution, got {prior!r}")
+def _budget(
+    n_replicas: int | None, target: float | None, max_replicas: int
+) -> tuple[int, float | None, int]:
+    if target is not None and not 0 < target < 1:
+        raise ValueError(f"target_mc_fraction must lie in (0, 1), got {target}")
+    if n_replicas is None:
+        return N_REPLICAS, TARGET_MC_FRACTION if target is None else target, max_replicas
+    return as_count("n_replicas", n_replicas, 4), target, as_count("max_replicas", max_replicas, 4)
+
+
+def _as_discrepancy(value: bool | float | str) -> float | None:
+    """Standard deviation of tau, None for `auto`."""
+    if value == "auto" or value is True:
+        return None
+    if isinstance(value, str) or not value >= 0:
+        raise ValueError(f"discrepancy must be 'auto', a boolean or a number >= 0, got {value!r}")
+    return float(value)
+
+
+def _as_mask(mask: np.ndarray | Sequence[bool] | None, n: int) -> np.ndarray:
+    if mask is None:
+        return np.ones(n, dtype=bool)
+    keep = np.asarray(mask)
+    if keep.shape != (n,) or keep.dtype != bool or not keep.any():
+        raise ValueError(
+            f"mask must hold {n} booleans, at least one of them true, got shape {keep.shape} of "
+            f"{keep.dtype} with {int(keep.sum())} true"
+        )
+    return keep
+
+
+def _named(
+    obs: Correlation | Mapping[str, Correlation], experiments: Sequence[Experiment]
+) -> dict[str, Correlation]:
+    """Observables by the names that the experiments use."""
+    for exp in experiments:
+        if not isinstance(exp, Experiment):
+            raise ValueError(f"exp must be an Experiment or several, got {type(exp).__name__}")
+    names = list(dict.fromkeys(name for exp in experiments for name in exp.observables))
+    if not names:
+        raise ValueError("exp must hold at least one experiment, got none")
+    if isinstance(obs, Correlation):
+        if len(names) > 1:
+            raise ValueError(
+                f"exp must hold one observable for one obs, got {names}; give obs by name"
+            )
+        return {names[0]: obs}
+    return as_observables(obs)
+
+
+def _check_family(prior: Prior, coordinate: Coordinate) -> None:
+    """Refuse a prior with no mass in the family before anything is computed."""
     shortest = float(coordinate.n_int(np.array(coordinate.high)))
-    if not prior.sf(shortest) > 0:
+    if prior.on == "n_int" and not prior.distribution.sf(shortest) > 0:
         raise ValueError(f"prior must have mass at n_int above {shortest:g} frames, got none")
 
 
-def _log_prior(prior: Any, coordinate: Coordinate, u: np.ndarray) -> np.ndarray:
-    return np.zeros_like(u) if prior is None else prior.logpdf(coordinate.n_int(u))
-
-
-def _log_normal(residual: np.ndarray, covariance: np.ndarray) -> np.ndarray:
-    """log N(residual; 0, covariance) for each row, (G,)."""
-    root = np.linalg.cholesky(covariance)
-    z = np.linalg.solve(root, residual[..., None])[..., 0]
-    log_det = np.log(np.diagonal(root, axis1=1, axis2=2)).sum(1)
-    return -0.5 * (z**2).sum(1) - log_det - 0.5 * residual.shape[1] * math.log(2 * math.pi)
-
-
-def _gaussian(covariance: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One draw of N(0, covariance) for each (n, L, L); numerically singular ones allowed."""
-    values, vectors = np.linalg.eigh(covariance)
-    z = rng.standard_normal(values.shape) * np.sqrt(np.clip(values, 0, None))
-    return np.einsum("nij,nj->ni", vectors, z)
-
-
-def _block(covariance: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Rows and columns of every matrix of (n, M, M)."""
-    return covariance[:, columns[:, None], columns]
-
-
-def _midpoints(values: np.ndarray) -> np.ndarray:
-    return (values[1:] + values[:-1]) / 2
+def _check_finite(pilot: Emulator, design: Design) -> None:
+    """Refuse observables that do not vary, whose correlation says nothing."""
+    for j, name in enumerate(design.names):
+        column = pilot.value[:, j * design.n_steps : (j + 1) * design.n_steps]
+        if not np.isfinite(column).all() or np.ptp(column) == 0 == np.ptp(column[0]):
+            raise ValueError(
+                f"obs {name!r} must vary between frames of mu, got a constant or a value that is "
+                "not finite"
+            )

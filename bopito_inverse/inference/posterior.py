@@ -58,22 +58,40 @@ def inference_data(
     posterior: dict[str, np.ndarray],
     posterior_predictive: np.ndarray,
     log_likelihood: np.ndarray,
+    prior: dict[str, np.ndarray],
+    prior_predictive: np.ndarray,
     observed: np.ndarray,
     constant: dict[str, Any],
     lags: np.ndarray,
+    observables: list[str],
+    groups: np.ndarray,
 ) -> Any:
     """InferenceData with the groups that ArviZ functions expect.
 
-    Arrays are (chains, draws) or (chains, draws, L); `constant` holds what the fit was given.
+    Arrays are (chains, draws), (chains, draws, L) for what belongs to points, or
+    (chains, draws, n_groups) for what belongs to an experiment or a lag of its own. Points are
+    named by their lag where that is enough. `constant` holds what the fit was given.
     """
+    distinct = len(set(lags)) == len(lags)
+    names = [f"{name}@{lag:g}" for name, lag in zip(observables, lags, strict=True)]
+    own = [name for name in ("n_int", "weight", "timescale") if posterior[name].ndim == 3]
+    point = "lag" if distinct else "point"
+    coords: dict[str, Any] = {point: lags if distinct else names}
+    if own:
+        coords["group"] = groups
     return _arviz().from_dict(
         posterior=posterior,
         posterior_predictive={"correlation": posterior_predictive},
         log_likelihood={"correlation": log_likelihood},
+        prior=prior,
+        prior_predictive={"correlation": prior_predictive},
         observed_data={"correlation": observed},
-        constant_data=constant,
-        coords={"lag": lags},
-        dims={"correlation": ["lag"], "prediction": ["lag"], "sigma": ["lag"]},
+        constant_data={**constant, "observable": np.array(observables)},
+        coords=coords,
+        dims={
+            **{name: [point] for name in ("correlation", "prediction", "sigma", "observable")},
+            **{name: ["group"] for name in own},
+        },
     )
 
 

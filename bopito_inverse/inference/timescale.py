@@ -50,7 +50,7 @@ def second_eigenvalue(series: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
     return value, influence - influence.mean()
 
 
-def timescale(eigenvalue: Tensor, step_lag: float) -> Tensor:
+def timescale(eigenvalue: Tensor, step_lag: float | Tensor) -> Tensor:
     """-step_lag / log(lambda_2) in frames: 0 at or below zero, inf at or above one."""
     inside = eigenvalue.clamp(1e-12, 1 - 1e-12)
     value = -step_lag / inside.log()

@@ -231,6 +231,14 @@ class Rollout:
             "solver": repr(self.solver),
         }
 
+    @property
+    def slower(self) -> bool:
+        """Whether the step depends on n_int below N_max, and so can be slower than the data."""
+        return any(
+            move.n_int is None if isinstance(move, Interpolate) else getattr(move, "share", None)
+            for move in self.moves
+        )
+
     def step(self, model: nn.Module, y: Tensor, n_int: Tensor, normal: NormalDraw) -> Tensor:
         """One composite step of standardised frames (B, *event); `n_int` is () or (B,)."""
         for move in self.moves:

@@ -80,7 +80,7 @@ def test_weight_does_not_depend_on_lambda_hat() -> None:
 
 def test_posterior_equals_brute_force(slow) -> None:
     """The same posterior from direct predictions on a grid, with no emulator."""
-    predict = slow._prediction
+    predict = slow._problem.emulator.prediction
     exp = experiment(40.0, seed=1)
     n_int = np.linspace(7.5, 13.5, 25)
     made = predict.at(torch.from_numpy(n_int))
@@ -147,7 +147,7 @@ def test_status_survives_a_copy(slow) -> None:
 
 def test_interval_is_widened_until_it_holds_the_posterior(monkeypatch) -> None:
     module = sys.modules["bopito_inverse.inference.fit"]
-    monkeypatch.setattr(module, "_interval", lambda pilot: (1.0, 1.05))
+    monkeypatch.setattr(module._Fit, "_interval", lambda *_: (1.0, 1.05))
     result = fit(experiment(40.0, seed=1), n_replicas=512)
     assert result.n_int.hdi_94[0] < 10.0 < result.n_int.hdi_94[1]
 
@@ -233,8 +233,8 @@ def test_same_seed_same_posterior() -> None:
 
 def test_bad_input_is_refused_by_name() -> None:
     exp = experiment(40.0)
-    with pytest.raises(ValueError, match="mode must be 'rollout', got 'direct'"):
-        fit(exp, mode="direct")
+    with pytest.raises(ValueError, match="mode must be one of rollout, direct, got .both."):
+        fit(exp, mode="both")
     with pytest.raises(ValueError, match="prior must be a frozen"):
         fit(exp, n_replicas=64, prior=3.0)
     with pytest.raises(ValueError, match="prior must have mass"):
@@ -243,7 +243,7 @@ def test_bad_input_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="30"):
         fit(off)
     two = bi.observables.Experiment([20.0, 20.0], [0.5, 0.4], [0.1, 0.1], observable=["x", "y"])
-    with pytest.raises(ValueError, match="exp must hold one observable"):
+    with pytest.raises(ValueError, match="exp must hold one observable for one obs"):
         fit(two)
 
 

@@ -90,14 +90,14 @@ def test_emulator_is_the_prediction_between_its_nodes() -> None:
     coordinate = Coordinate(LAG_MAX, LAMBDA_HAT)
     emulator = Emulator(predict, coordinate, (0.3, 1.5))
     u = np.array([0.33, 0.61, 0.92, 1.0, 1.27])
-    mean, covariance = (part[:, :3] for part in emulator(u))  # correlations at three lags
+    made = emulator(np.repeat(u[:, None], 3, axis=1), np.arange(3))  # correlations at three lags
     direct = predict.at(torch.from_numpy(coordinate.n_int(u)))
     n = len(direct.influence)
     influence = direct.influence[..., :3]
     expected = torch.einsum("nkl,nkm->klm", influence, influence) / (n * (n - 1))
     sd = expected.diagonal(dim1=1, dim2=2).sqrt().numpy()
-    assert (np.abs(mean - direct.value[:, :3].numpy()) < 0.1 * sd).all()
-    emulated = np.sqrt(np.diagonal(covariance[..., :3], axis1=1, axis2=2))
+    assert (np.abs(made.mean - direct.value[:, :3].numpy()) < 0.1 * sd).all()
+    emulated = np.sqrt(np.diagonal(made.covariance, axis1=1, axis2=2))
     np.testing.assert_allclose(emulated, sd, rtol=0.1)
 
 
