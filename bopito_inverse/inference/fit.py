@@ -24,7 +24,6 @@ from bopito_inverse.inference.discrepancy import (
     Discrepancy,
     mixture,
     other_step,
-    whole_family,
 )
 from bopito_inverse.inference.emulator import Coordinate, Emulator
 from bopito_inverse.inference.explore import CHAINS, DRAWS, Explored
@@ -163,11 +162,9 @@ class _Fit:
         explored = first.explore(self.options.seed)
         n_replicas = self._replicas(first.shares(explored)["monte_carlo"])
         interval = self._interval(first, explored)
-        alternative, sd = self._alternative(pilot, interval)
         while True:
             emulator = self._emulator(self.step, n_replicas, interval)
-            term = Discrepancy(emulator, alternative, sd) if sd > 0 else None
-            problem, explored = self._refined(emulator, term)
+            problem, explored = self._refined(emulator, self._discrepancy(emulator))
             wider = self._wider(problem, explored)
             if wider == interval:
                 break
@@ -190,17 +187,19 @@ class _Fit:
         likelihood = Likelihood(self.design.points[self.keep], emulator, term, self.options.dof)
         return Problem(self.design, self.keep, likelihood, self.options.prior)
 
-    def _alternative(self, pilot: Emulator, interval: tuple[float, float]) -> tuple[Any, float]:
-        """Another step that the discrepancy compares with, and the standard deviation of tau."""
+    def _discrepancy(self, emulator: Emulator) -> Discrepancy | None:
+        """The step against another one."""
         sd = self.options.discrepancy
-        if sd == 0 or interval[0] >= 1:  # the trained model itself is what is fitted
-            return None, 0.0
+        if sd == 0 or emulator.interval[0] >= 1:  # the trained model itself is what is fitted
+            return None
+        prediction = emulator.prediction
         if any(isinstance(move, Renoise) for move in self.step.moves):
-            return mixture(pilot), LOCAL_SD if sd is None else sd
-        other = renoising_step(self.coordinate.lag_max, self.step.step_lag, self.step.solver)
-        interval = whole_family(self.coordinate)
-        emulator = self._emulator(other, pilot.prediction.n_replicas, interval, PILOT_NODES)
-        return other_step(emulator), INTERPOLATED_SD if sd is None else sd
+            self.spent += prediction.n_replicas
+            other = mixture(prediction, self.coordinate.lag_max)
+            return Discrepancy(emulator, other, LOCAL_SD if sd is None else sd)
+        local = renoising_step(self.coordinate.lag_max, self.step.step_lag, self.step.solver)
+        known = self._emulator(local, self._pilot_replicas, (self.coordinate.low, 1.0))
+        return Discrepancy(emulator, other_step(known), INTERPOLATED_SD if sd is None else sd)
 
     def _replicas(self, share: float) -> int:
         """Replicas that the target needs, from the Monte Carlo share of the pilot."""

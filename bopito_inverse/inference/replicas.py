@@ -93,7 +93,7 @@ class Replicas:
     ) -> list[Tensor]:
         """What a reader keeps of the frames after each of `steps`, in order, each (R, ...).
 
-        Two calls with the same `stream` draw the same noise.
+        Two calls with the same `stream` draw the same noise. ValueError where frames diverge.
         """
         parts: list[list[Tensor]] = [[] for _ in steps]
         frames = (self.x_0 if x_0 is None else x_0).to(self.model.scaling.scale.dtype)  # type: ignore[union-attr, arg-type]
@@ -101,6 +101,8 @@ class Replicas:
             normal = Normal(as_generator(self.seed, self.device, stream, chunk))
             made = step.frames(self.model, x, self.n_int.to(x.dtype), max(steps), normal)
             for k, frame in enumerate(made, 1):
+                if not frame.isfinite().all():
+                    raise ValueError(f"model must make finite frames, got NaN or inf at step {k}")
                 if k in steps:
                     parts[steps.index(k)].append(reader(frame).cpu())
         return [torch.cat(part) for part in parts]

@@ -200,6 +200,14 @@ class Correlation:
         value, influence = self._linearize(a_0, b_0, b_k)
         return CorrelationSamples(value, influence.unflatten(0, (groups, -1)).mean(0))
 
+    def uncorrelated(self, frames: Tensor) -> Tensor:
+        """The value between independent frames, to which it decays, (); frames `(R, *event)`."""
+        a, b = _evaluate("a", self.a, frames), _evaluate("b", self.b, frames)
+        if _NORMALIZATIONS[self.normalization].centred:
+            return torch.zeros_like(a[0])
+        product = a.mean() * b.mean()
+        return product / (a * b).mean() if self.normalization == "c0" else product
+
     def _linearize(self, a_0: Tensor, b_0: Tensor, b_k: Tensor) -> tuple[Tensor, Tensor]:
         """Value `(L,)` and influence `(R, L)` from a_0, b_0 `(R, 1)` and b_k `(R, L)`."""
         f = _NORMALIZATIONS[self.normalization]
