@@ -33,7 +33,7 @@ current directory, because a run file may lie where nothing can be written.
 
     [step]
     step_lag = 100                  # frames that one composite step stands for
-    relax = [50]                    # lags of the Propagate moves after the Interpolate
+    # relax = [50]                  # the paper's step: interpolate, then propagate by these lags
 
     [experiment]
     file = "experiment.csv"
@@ -51,6 +51,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from bopito_inverse import systems
+from bopito_inverse.inference import Prior
 from bopito_inverse.models.train import TrainingConfig
 from bopito_inverse.observables.correlations import NORMALIZATIONS, Correlation
 from bopito_inverse.observables.features import FEATURES
@@ -154,7 +155,10 @@ class TrainSection(_Section):
 
 
 class StepSection(_Section):
-    """`[step]`: the composite step. By default it relaxes once, at the longest trained lag."""
+    """`[step]`: the composite step, by default `sampling.renoising_step`.
+
+    With `relax` it is the paper's: interpolation, then propagation by each of these lags.
+    """
 
     step_lag: int = Field(ge=1)
     relax: tuple[float, ...] | None = None
@@ -209,21 +213,31 @@ class ExperimentSection(_Section):
 
 
 class FitSection(_Section):
-    """`[fit]`: replicas of the prediction, and the prior of n_int as a scipy distribution."""
+    """`[fit]`: arguments of `inference.fit`.
 
-    n_replicas: int = Field(default=4096, ge=4)
+    The prior is a scipy distribution of n_int, or of what its key `on` says.
+    """
+
+    n_replicas: int | None = Field(default=None, ge=4)
+    target_mc_fraction: float | None = Field(default=None, gt=0, lt=1)
+    discrepancy: Literal["auto"] | bool | float = "auto"
+    dof: float | None = Field(default=None, gt=0)
     prior: dict[str, float | str] | None = None
 
     @field_validator("prior")
     @classmethod
     def _exists(cls, prior: dict[str, float | str] | None) -> dict[str, float | str] | None:
         if prior is not None:
-            _frozen(prior)
+            _prior(prior)
         return prior
 
-    def frozen_prior(self) -> Any:
-        """The frozen `scipy.stats` distribution, or None for the default prior."""
-        return None if self.prior is None else _frozen(self.prior)
+    def build_prior(self) -> Prior | None:
+        """The prior, or None for the default one."""
+        return None if self.prior is None else _prior(self.prior)
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `inference.fit`."""
+        return self.model_dump(exclude={"prior"}) | {"prior": self.build_prior()}
 
 
 class SampleSection(_Section):
@@ -402,11 +416,12 @@ def _known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return keys
 
 
-def _frozen(prior: dict[str, float | str]) -> Any:
-    """A frozen `scipy.stats` distribution from its name and arguments."""
+def _prior(prior: dict[str, float | str]) -> Prior:
+    """A prior from the name and the arguments of a `scipy.stats` distribution."""
     from scipy import stats
 
     arguments = dict(prior)
+    on = str(arguments.pop("on", "n_int"))
     name = str(arguments.pop("distribution", ""))
     continuous = getattr(stats, name, None)
     if not isinstance(continuous, stats.rv_continuous):
@@ -424,7 +439,7 @@ def _frozen(prior: dict[str, float | str]) -> Any:
         raise ValueError(f"arguments of scipy.stats.{name}: {error}") from error
     if not supported:
         raise ValueError(f"scipy.stats.{name} has no density with {arguments}")
-    return frozen
+    return Prior(frozen, on)
 
 
 def _one_of(name: str, known: tuple[str, ...]) -> str:

@@ -68,7 +68,7 @@ def test_every_section_is_read(tmp_path: Path) -> None:
     assert train.equilibrium.batch_size == 4096
     assert config.section("step").relax == (10.0, 5.0)
     assert config.sample.n_int == math.inf
-    assert config.fit.frozen_prior().mean() == stats.lognorm(s=1, scale=100).mean()
+    assert config.fit.build_prior().distribution.mean() == stats.lognorm(s=1, scale=100).mean()
 
 
 def test_files_are_beside_the_run_file_and_output_is_not(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_options_take_the_place_of_keys(tmp_path: Path) -> None:
 def test_a_minimal_run_file_has_defaults(tmp_path: Path) -> None:
     config = read(tmp_path, MINIMAL)
     assert (config.seed, config.device, config.simulate, config.train) == (0, "auto", None, None)
-    assert config.fit.frozen_prior() is None
+    assert config.fit.build_prior() is None
     correlation = config.observable.build()
     assert (correlation.name, correlation.normalization) == ("x", "variance")
     with pytest.raises(ValueError, match=r"run\.toml: the section \[train\] is needed"):

@@ -76,7 +76,9 @@ def _experiment(config: Config) -> str:
 def _step(config: Config) -> str:
     section: Any = config.section("step")
     if not inputs.path_of(config, "checkpoint").exists():
-        relax = "lag_max" if section.relax is None else ", ".join(f"{n:g}" for n in section.relax)
+        if section.relax is None:
+            return f"{section.step_lag} frames: relax, renoise, relax"
+        relax = ", ".join(f"{n:g}" for n in section.relax)
         return f"{section.step_lag} frames: interpolate, then relax {relax or 'not'}"
     step = inputs.read_step(config, inputs.read_model(config))
     return f"{step.step_lag:g} frames: {', '.join(map(repr, step.moves))}"

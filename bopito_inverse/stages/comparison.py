@@ -99,12 +99,12 @@ def draw_fit(
         fitted_mask=fitted,
     )
     plots.save(figure, folder / "correlation")
-    posterior = result.idata.posterior
+    posterior, prior = result.idata.posterior, config.fit.build_prior()
     figure = plots.posterior_figure(
         {name: posterior[name].values for name in ("n_int", "weight", "timescale")},
         lag_max=model.lag_max,
         exact_timescale=float(exact.timescales[0]),
-        prior=config.fit.frozen_prior(),
+        prior=prior.distribution if prior is not None and prior.on == "n_int" else None,
     )
     plots.save(figure, folder / "posterior")
 

@@ -17,7 +17,7 @@ from bopito_inverse.datasets import Frames, LaggedPairs, Trajectories, read_npz,
 from bopito_inverse.interpolator import Interpolator
 from bopito_inverse.models import BoPITOScore, checkpoint
 from bopito_inverse.observables import Experiment
-from bopito_inverse.sampling import Interpolate, Propagate, Rollout
+from bopito_inverse.sampling import Interpolate, Propagate, Rollout, renoising_step
 from bopito_inverse.sampling.rollout import Move
 from bopito_inverse.sampling.solvers import DPMSolver
 from bopito_inverse.simulate import BiasedSamples
@@ -124,15 +124,17 @@ def read_model(config: Config) -> Interpolator:
 def read_step(config: Config, model: Interpolator) -> Rollout:
     """The composite step, with moves that the model can make."""
     section = config.section("step")
-    relax = (float(model.lag_max),) if section.relax is None else section.relax
-    for lag in relax:
+    solver = DPMSolver(section.evaluations)
+    if section.relax is None:
+        return renoising_step(model.lag_max, section.step_lag, solver)
+    for lag in section.relax:
         if lag > model.lag_max:
             raise ValueError(
                 f"{config.path}: step.relax must hold lags of at most lag_max of the model "
                 f"({model.lag_max}), got {lag:g}"
             )
-    moves: list[Move] = [Interpolate(), *map(Propagate, relax)]
-    return Rollout(moves, section.step_lag, DPMSolver(section.evaluations))
+    moves: list[Move] = [Interpolate(), *map(Propagate, section.relax)]
+    return Rollout(moves, section.step_lag, solver)
 
 
 def uncorrected_step(config: Config, model: Interpolator) -> Rollout:

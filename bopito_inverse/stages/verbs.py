@@ -183,10 +183,9 @@ def fit(config: Config, say: Say = silent, progress: bool = False) -> None:
                 obs,
                 measured[fitted],
                 frames,
-                prior=config.fit.frozen_prior(),
                 seed=config.seed,
-                n_replicas=config.fit.n_replicas,
                 device=config.device,
+                **config.fit.options(),
             )
             comparison.draw_fit(config, folder, result, model, frames, measured, fitted)
         _write_result(result, folder)
