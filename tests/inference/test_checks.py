@@ -235,7 +235,7 @@ def test_excess_and_its_error_against_the_closed_form() -> None:
     exact = np.abs(np.diff(norm.cdf(edges / spread)) - 0.05).sum() / 2
     levels = norm.ppf(np.arange(1, 100) / 100)
     exact_ks = np.abs(norm.cdf(levels / spread) - norm.cdf(levels)).max()
-    for n_replicas in (1000, 8000):
+    for n_replicas in (1000, 5000):
         z, inside = [], []
         for seed in range(25):
             starts = gaussian_frames(2 * n_replicas, 500 + seed)
@@ -418,7 +418,7 @@ def test_exact_scores_are_consistent_and_a_wrong_clock_is_not() -> None:
     step = Rollout([Propagate(25)], 25, DPMSolver(12))
     for s_dyn, status in ((exact, "ok"), (Slow(exact), "large")):
         model = bi.Interpolator(bi.models.BoPITOScore(s_eq, s_dyn, LAMBDA_HAT, 50))
-        found = chapman_kolmogorov(model, step, 100, prinz_frames(20_000), 2, right, 20_000)
+        found = chapman_kolmogorov(model, step, 100, prinz_frames(12_000), 2, right, 12_000)
         assert found.consistency_status == status
         assert (found.consistency_p_value < 1e-6) == (status == "large")
         whole, halves = found.timescales
