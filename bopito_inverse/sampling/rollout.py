@@ -17,6 +17,7 @@ It is the identity at w = 1 and a fresh draw of mu at w = 0. In a harmonic well 
 the true decay, T(N_max / 2) R(w) T(N_max / 2) is the exact dynamics at n_int frames.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -263,23 +264,33 @@ class Rollout:
             yield model.scaling.restore(y)  # type: ignore[union-attr, operator]
 
 
-def renoising_step(lag_max: int, step_lag: int, solver: Solver | None = None) -> Rollout:
-    """The recommended composite step, T(lag) R(w) T(lag).
-
-    The two relaxations take `step_lag` / 4 each, or N_max / 2 where that is less: renoising moves
-    frames within their wells too, and with longer relaxation in all they would move too far
-    (`tests/benchmarks/bench_steps.py`).
+def renoising_step(
+    lag_max: int,
+    step_lag: int,
+    solver: Solver | None = None,
+    relaxation: float | None = None,
+) -> Rollout:
+    """The recommended composite step, T(relaxation / 2) R(w) T(relaxation / 2).
 
     Args:
         lag_max: longest trained lag N_max of the model.
         step_lag: physical length of the step, in frames.
         solver: how each move turns noise into a frame.
+        relaxation: frames that the trained model moves in one step. By default `step_lag` / 2, or
+            N_max where that is less: right where the slow process is missing from the data, because
+            renoising moves frames within their wells too. Where the data hold the slow process (its
+            timescale in the trained model is less than some three times that of the experiment),
+            take `step_lag` (`tests/benchmarks/bench_steps.py`).
 
     >>> renoising_step(lag_max=50, step_lag=100)
     Rollout([Propagate(share=0.5), Renoise(), Propagate(share=0.5)], step_lag=100, ...)
     """
-    share = min(0.5, as_count("step_lag", step_lag) / (4 * as_count("lag_max", lag_max)))
-    return Rollout([Propagate(share=share), Renoise(), Propagate(share=share)], step_lag, solver)
+    n_max = as_count("lag_max", lag_max)
+    total = min(as_count("step_lag", step_lag) / 2, n_max) if relaxation is None else relaxation
+    shares = as_positive("relaxation", total) / 2 / n_max
+    n = math.ceil(shares)
+    half = [Propagate(share=shares / n)] * n
+    return Rollout([*half, Renoise(), *half], step_lag, solver)
 
 
 def _interpolator(model: nn.Module, move: str) -> Interpolator:
