@@ -7,8 +7,16 @@ direction d (see `emulator` and `discrepancy`):
     y = A (g(u) + e) + B + eps,     e ~ N(0, C + delta delta^T + tau^2 d d^T),     eps ~ N(0, S),
 
 with the experiment's covariance S. Nuisance parameters, each with a prior, may scale and shift an
-observable (A, B) and stretch its error bars (S_ij -> s_i s_j S_ij). With Student-t errors eps_i is
-sigma_i times a t variable, and its convolution with e is an average over quasi-random e.
+observable (A, B) and stretch its error bars (S_ij -> s_i s_j S_ij).
+
+Student-t errors are Gaussian given a precision for each point: eps_i ~ N(0, sigma_i^2 / v_i) with
+v_i ~ Gamma(nu / 2, nu / 2), and so is y. The density of y is the average of these Gaussians over
+v, by importance sampling with quasi-random v from the best factorised approximation to their
+distribution given y,
+
+    q(v_i) = Gamma((nu + 1) / 2, (nu + E[(y_i - A g_i - A e_i - B)^2] / sigma_i^2) / 2),
+
+which is exact where the model has no error, and where nu is large.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,15 +24,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.special import logsumexp
-from scipy.stats import norm, qmc
-from scipy.stats import t as student_t
+from scipy.special import gammaln, logsumexp
+from scipy.stats import gamma, norm, qmc
 
 from bopito_inverse.inference.discrepancy import Discrepancy
 from bopito_inverse.inference.emulator import Emulator
 
 CHUNK = 400
-T_DRAWS = 128  # quasi-random model errors in a Student-t likelihood
+T_DRAWS, T_ROUNDS = 32, 8  # quasi-random precisions in a Student-t likelihood, and rounds to q
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,13 @@ class Moments:
         """Covariance of the data, (B, L, L)."""
         return self.model + self.noise
 
+    def of(self, points: np.ndarray) -> "Moments":
+        """Those of some of the points, by index."""
+        rows, columns = points[:, None], points
+        return Moments(
+            self.mean[:, points], self.model[:, rows, columns], self.noise[:, rows, columns]
+        )
+
 
 @dataclass(frozen=True)
 class Likelihood:
@@ -152,8 +166,7 @@ class Likelihood:
 
     def __call__(self, parameters: Parameters) -> np.ndarray:
         """Log likelihood, (B,)."""
-        density = _log_normal if self.dof is None else self._log_student_t
-        return self._by_chunk(parameters, lambda part: density(*self._residual(part)))
+        return self._by_chunk(parameters, self._log_density)
 
     def pointwise(self, parameters: Parameters) -> np.ndarray:
         """Log density of each point given all others, (B, L); what leave-one-out needs.
@@ -221,6 +234,12 @@ class Likelihood:
     ) -> np.ndarray:
         return np.concatenate([function(part) for part in parameters.split(CHUNK)])
 
+    def _log_density(self, parameters: Parameters) -> np.ndarray:
+        residual, moments = self._residual(parameters)
+        if self.dof is None:
+            return _log_normal(residual, moments.total)
+        return self._log_student_t(residual, moments)
+
     def _residual(self, parameters: Parameters) -> tuple[np.ndarray, Moments]:
         moments = self.moments(parameters)
         return self.points.values - moments.mean, moments
@@ -228,19 +247,26 @@ class Likelihood:
     def _pointwise(self, parameters: Parameters) -> np.ndarray:
         residual, moments = self._residual(parameters)
         if self.dof is not None:
-            scale = np.sqrt(np.diagonal(moments.total, axis1=1, axis2=2))
-            return student_t.logpdf(residual / scale, self.dof) - np.log(scale)
+            own = [np.array([i]) for i in range(residual.shape[1])]
+            each = [self._log_student_t(residual[:, i], moments.of(i)) for i in own]
+            return np.stack(each, axis=1)
         precision = np.linalg.inv(moments.total)
         diagonal = np.diagonal(precision, axis1=1, axis2=2)
         other = np.einsum("bij,bj->bi", precision, residual) / diagonal
         return norm.logpdf(other, scale=1 / np.sqrt(diagonal))
 
     def _log_student_t(self, residual: np.ndarray, moments: Moments) -> np.ndarray:
-        sigma = np.sqrt(np.diagonal(moments.noise, axis1=1, axis2=2))
-        e = np.einsum("bij,dj->bdi", _root(moments.model), _quasi_normal(residual.shape[1]))
-        z = (residual[:, None] - e) / sigma[:, None]
-        each = student_t.logpdf(z, self.dof).sum(2) - np.log(sigma).sum(1)[:, None]
-        return logsumexp(each, axis=1) - np.log(T_DRAWS)
+        """Log density of residuals (B, L), averaged over precisions v (B, T_DRAWS, L)."""
+        sigma_2 = np.diagonal(moments.noise, axis1=1, axis2=2)
+        prior, shape = self.dof / 2, (self.dof + 1) / 2  # type: ignore[operator]
+        rate = prior + _squared(residual, moments.model, sigma_2, self.dof) / 2
+        v = gamma.ppf(_quasi_uniform(residual.shape[1]), shape) / rate[:, None]
+        log_p = prior * np.log(prior) - gammaln(prior) + (prior - 1) * np.log(v) - prior * v
+        rate = rate[:, None]
+        log_q = shape * np.log(rate) - gammaln(shape) + (shape - 1) * np.log(v) - rate * v
+        total = moments.model[:, None] + _diagonal(sigma_2[:, None] / v)
+        given = _log_normal(residual[:, None], total)
+        return logsumexp(given + (log_p - log_q).sum(2), axis=1) - np.log(T_DRAWS)
 
 
 def gaussian(covariance: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -256,9 +282,29 @@ def _root(covariance: np.ndarray) -> np.ndarray:
     return np.linalg.cholesky(covariance + tiny)
 
 
-def _quasi_normal(n: int) -> np.ndarray:
-    """Quasi-random standard normal numbers, (T_DRAWS, n)."""
-    return norm.ppf(qmc.Sobol(n, seed=0).random(T_DRAWS))
+def _squared(
+    residual: np.ndarray, model: np.ndarray, sigma_2: np.ndarray, dof: float | None
+) -> np.ndarray:
+    """E[eps_i^2 | y] / sigma_i^2 (B, L) in the factorised approximation, by iteration."""
+    v = np.ones_like(sigma_2)
+    for _ in range(T_ROUNDS):
+        noise = sigma_2 / v
+        precision = np.linalg.inv(model + _diagonal(noise))
+        mean = noise * np.einsum("bij,bj->bi", precision, residual)
+        variance = noise - noise**2 * np.diagonal(precision, axis1=1, axis2=2)
+        squared = (mean**2 + variance) / sigma_2
+        v = (dof + 1) / (dof + squared)  # type: ignore[operator]
+    return squared
+
+
+def _diagonal(values: np.ndarray) -> np.ndarray:
+    """Diagonal matrices (..., L, L) of values (..., L)."""
+    return values[..., None] * np.eye(values.shape[-1])
+
+
+def _quasi_uniform(n: int) -> np.ndarray:
+    """Quasi-random numbers in (0, 1), (T_DRAWS, n)."""
+    return qmc.Sobol(n, seed=0).random(T_DRAWS)
 
 
 def _t_variance(dof: float | None) -> float:
@@ -268,9 +314,9 @@ def _t_variance(dof: float | None) -> float:
     return dof / (dof - 2) if dof > 2.2 else 11.0
 
 
-def _log_normal(residual: np.ndarray, moments: Moments) -> np.ndarray:
-    """log N(residual; 0, total) for each row, (B,)."""
-    root = np.linalg.cholesky(moments.total)
-    z = np.linalg.solve(root, residual[..., None])[..., 0]
-    log_det = np.log(np.diagonal(root, axis1=1, axis2=2)).sum(1)
-    return -0.5 * (z**2).sum(1) - log_det - 0.5 * residual.shape[1] * np.log(2 * np.pi)
+def _log_normal(residual: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """log N(residual; 0, covariance) of (..., L) and (..., L, L), (...)."""
+    root = np.linalg.cholesky(covariance)
+    z = np.linalg.solve(root, np.broadcast_to(residual, root.shape[:-1])[..., None])[..., 0]
+    log_det = np.log(np.diagonal(root, axis1=-2, axis2=-1)).sum(-1)
+    return -0.5 * (z**2).sum(-1) - log_det - 0.5 * residual.shape[-1] * np.log(2 * np.pi)
