@@ -11,13 +11,16 @@ timescale. To first order, with left and right eigenvectors u and v, replica r a
 
     u^T (phi_k phi_{k+1}^T - lambda_2 phi_k phi_k^T) v / (u^T C_0 v)
 
-to the error of lambda_2.
+to the error of lambda_2. Where lambda_2 drowns in noise, u and v are those of the noise and nearly
+orthogonal, and this would blow up; the divisor is kept above half of what it is for u = v, the case
+of reversible dynamics.
 """
 
 import torch
 from torch import Tensor
 
 N_KNOTS = 16
+OVERLAP = 0.5  # smallest overlap of left and right eigenfunctions that is believed
 
 
 def second_eigenvalue(series: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
@@ -44,7 +47,9 @@ def second_eigenvalue(series: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
     match = (left_values - values[second]).abs().argmin()
     v, u = root @ right[:, second].real, root @ left[:, match].real
     f, g = now @ u, now @ v
-    scale = (f * g).mean()
+    overlap = (f * g).mean()
+    smallest = OVERLAP * (f.square().mean() * g.square().mean()).sqrt()
+    scale = torch.where(overlap < 0, -1.0, 1.0) * overlap.abs().maximum(smallest)
     influence = f * (later @ v - value * g) / scale
     influence = influence.unflatten(0, (len(phi) - 1, groups, -1)).mean((0, 1))
     return value, influence - influence.mean()

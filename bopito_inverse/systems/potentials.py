@@ -9,6 +9,7 @@ quantities are in reduced units; lags elsewhere in the package count frames.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -134,7 +135,7 @@ class DoubleWell(Potential1D):
     ) -> None:
         width = np.sqrt(1 + np.sqrt(25 * as_positive("kT", kT) / as_positive("a", a)))
         super().__init__(
-            lambda x: a * (x**2 - 1) ** 2 + b * x,
+            partial(_double_well, a=a, b=b),
             bounds=(-width, width),
             kT=kT,
             friction=friction,
@@ -159,7 +160,7 @@ class TripleWell(Potential1D):
         steps_per_frame: int = 50,
     ) -> None:
         super().__init__(
-            lambda x: height * (1 - np.cos(2 * np.pi * x)) / 2 + tilt * x + 2 * (x / 1.3) ** 16,
+            partial(_triple_well, height=height, tilt=tilt),
             bounds=(-1.6, 1.6),
             kT=kT,
             friction=friction,
@@ -185,7 +186,7 @@ class OrnsteinUhlenbeck(Potential1D):
         self.stiffness = as_positive("stiffness", stiffness)
         width = 7 * np.sqrt(as_positive("kT", kT) / stiffness)
         super().__init__(
-            lambda x: 0.5 * stiffness * x**2,
+            partial(_harmonic, stiffness=stiffness),
             bounds=(-width, width),
             kT=kT,
             friction=friction,
@@ -206,3 +207,15 @@ def _prinz_energy(x: np.ndarray) -> np.ndarray:
         + 0.2 * np.exp(-80 * (x - 0.5) ** 2)
         + 0.5 * np.exp(-40 * (x + 0.5) ** 2)
     )
+
+
+def _double_well(x: np.ndarray, a: float, b: float) -> np.ndarray:
+    return a * (x**2 - 1) ** 2 + b * x
+
+
+def _triple_well(x: np.ndarray, height: float, tilt: float) -> np.ndarray:
+    return height * (1 - np.cos(2 * np.pi * x)) / 2 + tilt * x + 2 * (x / 1.3) ** 16
+
+
+def _harmonic(x: np.ndarray, stiffness: float) -> np.ndarray:
+    return 0.5 * stiffness * x**2
