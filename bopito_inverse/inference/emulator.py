@@ -26,6 +26,7 @@ from scipy.interpolate import BarycentricInterpolator
 from bopito_inverse.inference.prediction import NodePredictions, Prediction
 
 SHORTEST_LAG = 1.0  # frames; no pair of frames is closer
+TINY = 1e-100  # the same as u = 0, with an inverse that does not overflow
 
 
 class Coordinate:
@@ -88,6 +89,7 @@ class Emulator:
         self._checked = [piece[len(piece) // 2] for piece in self._pieces]
         self.nodes = np.unique(np.concatenate(self._pieces))
         self._store(prediction.at(torch.from_numpy(coordinate.n_int(self.nodes))))
+        self._prepare()
 
     @property
     def n_steps(self) -> int:
@@ -111,6 +113,7 @@ class Emulator:
         i = self._piece(np.array([u]))[0]
         self._pieces[i] = np.sort(np.append(self._pieces[i], u))
         self._checked[i] = u
+        self._prepare()
 
     def remoteness(self, u: np.ndarray) -> np.ndarray:
         """|omega(u)| over its maximum: how far u (G,) is from all nodes, in [0, 1]."""
@@ -134,15 +137,26 @@ class Emulator:
         flat = made.influence.reshape(n, k * m).numpy()
         self._covariance = (flat.T @ flat / (n * (n - 1))).reshape(k, m, k, m)
 
-    @property
-    def _missed(self) -> np.ndarray:
-        """By how much the other nodes of each piece miss the one that is checked, (pieces, M)."""
+    def _prepare(self) -> None:
+        """What depends on the nodes alone.
+
+        By how much the other nodes of each piece miss the one that is checked, (pieces, M); the
+        polynomials of the nodes; the maximum of |omega|.
+        """
         errors = []
         for piece, u in zip(self._pieces, self._checked, strict=True):
             others = piece[piece != u]
             without = BarycentricInterpolator(others, self._at(others))(u)
             errors.append(self._at(np.array([u]))[0] - without)
-        return np.stack(errors)
+        self._missed = np.stack(errors)
+        self._cardinal = [
+            BarycentricInterpolator(piece, np.eye(len(piece))) for piece in self._pieces
+        ]
+        fine = [np.linspace(piece[0], piece[-1], 20 * len(piece)) for piece in self._pieces]
+        self._largest = [
+            np.abs(np.prod(u[:, None] - piece, axis=1)).max()
+            for u, piece in zip(fine, self._pieces, strict=True)
+        ]
 
     def _at(self, nodes: np.ndarray) -> np.ndarray:
         return self.value[np.searchsorted(self.nodes, nodes)]
@@ -155,20 +169,19 @@ class Emulator:
         """The product of the distances from all nodes of a piece, over its largest value there."""
         omega, index = np.zeros(len(u)), self._piece(u)
         for i, piece in enumerate(self._pieces):
-            fine = np.linspace(piece[0], piece[-1], 20 * len(piece))
-            largest = np.abs(np.prod(fine[:, None] - piece, axis=1)).max()
             own = u[index == i]
-            omega[index == i] = np.prod(own[:, None] - piece, axis=1) / largest
+            omega[index == i] = np.prod(own[:, None] - piece, axis=1) / self._largest[i]
         return omega
 
     def _weights(self, u: np.ndarray) -> np.ndarray:
         """S (G, K): the contribution of each node at each u."""
         s = np.zeros((len(u), len(self.nodes)))
+        u = np.where(u < TINY, 0.0, u)
         index = self._piece(u)
         for i, piece in enumerate(self._pieces):
             rows = np.flatnonzero(index == i)
             columns = np.searchsorted(self.nodes, piece)
-            s[np.ix_(rows, columns)] = BarycentricInterpolator(piece, np.eye(len(piece)))(u[rows])
+            s[np.ix_(rows, columns)] = self._cardinal[i](u[rows])
         return s
 
 
