@@ -233,7 +233,7 @@ def test_same_seed_same_posterior() -> None:
 
 def test_bad_input_is_refused_by_name() -> None:
     exp = experiment(40.0)
-    with pytest.raises(ValueError, match="mode must be one of rollout, direct, got .both."):
+    with pytest.raises(ValueError, match=r"mode must be one of rollout, direct, got .both."):
         fit(exp, mode="both")
     with pytest.raises(ValueError, match="prior must be a frozen"):
         fit(exp, n_replicas=64, prior=3.0)
