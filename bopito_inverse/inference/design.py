@@ -35,6 +35,13 @@ class Clock:
     kappa: Any = lognorm(1.0)  # noqa: RUF009  (frozen)
     offset: Any = None
 
+    def __post_init__(self) -> None:
+        for name, prior in self.priors().items():
+            if not hasattr(prior, "ppf"):
+                raise ValueError(f"{name} must be a frozen scipy.stats distribution, got {prior!r}")
+        if "kappa" not in self.priors() or not self.kappa.cdf(0.0) == 0:
+            raise ValueError("kappa must have a prior of positive numbers")
+
     def priors(self) -> dict[str, Any]:
         """The priors that are given, by name."""
         named = {"kappa": self.kappa, "clock_offset": self.offset}
@@ -73,6 +80,10 @@ class Design:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         if clock is not None and mode != "direct":
             raise ValueError(f"clock ties the lags of mode 'direct', got mode {mode!r}")
+        if not isinstance(clock, Clock | None):
+            raise ValueError(f"clock must be a Clock or None, got {clock!r}")
+        if mode == "direct" and not shared and len(experiments) > 1:
+            raise ValueError("shared must be true in mode 'direct'; fit experiments one by one")
         self.names, self.coordinate, self.mode, self.clock = list(names), coordinate, mode, clock
         self.step_lag = step_lag
         self.points = self._points(experiments, shared)
@@ -178,6 +189,8 @@ class Design:
             return {}
         if isinstance(nuisance, Nuisance):
             return {name: nuisance for name in self.names if name in measured}
+        if not isinstance(nuisance, Mapping):
+            raise ValueError(f"nuisance must be a Nuisance or several by name, got {nuisance!r}")
         for name, value in nuisance.items():
             if name not in measured or not isinstance(value, Nuisance):
                 raise ValueError(

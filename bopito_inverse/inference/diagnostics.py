@@ -1,7 +1,8 @@
 """Whether a fit may be trusted: a status with a sentence that says what to do."""
 
 import numpy as np
-from scipy.stats import chi2
+from scipy.stats import chi2, norm
+from scipy.stats import t as student_t
 
 POOR_FIT = 1e-3
 MONTE_CARLO_LIMIT = 0.5
@@ -74,12 +75,22 @@ def judge(
     return Status("ok", "the posterior is inside the family and the fit explains the data")
 
 
-def p_value(residual: np.ndarray, covariance: np.ndarray, n_parameters: int = 1) -> float:
+def p_value(
+    residual: np.ndarray,
+    covariance: np.ndarray,
+    n_parameters: int = 1,
+    dof: float | None = None,
+) -> float:
     """Chance of a larger squared residual (L,) under its covariance, some parameters fitted.
 
-    One where there are no more points than parameters: nothing is left to be checked.
+    Residuals with Student-t errors of `dof` degrees of freedom count as the Gaussian ones that are
+    as rare. One where there are no more points than parameters: nothing is left to be checked.
     """
     if len(residual) <= n_parameters:
         return 1.0
-    squared = residual @ np.linalg.solve(covariance, residual)
+    scale = np.sqrt(np.diagonal(covariance))
+    z = residual / scale
+    if dof is not None:
+        z = np.sign(z) * norm.isf(student_t.sf(np.abs(z), dof))
+    squared = z @ np.linalg.solve(covariance / np.outer(scale, scale), z)
     return float(chi2.sf(squared, len(residual) - n_parameters))

@@ -38,6 +38,7 @@ from bopito_inverse.observables import Correlation, Experiment
 from bopito_inverse.sampling.rollout import Renoise, Rollout, renoising_step
 
 N_REPLICAS, TARGET_MC_FRACTION, MAX_REPLICAS = 4096, 0.15, 65536
+FEWEST_REPLICAS = 32  # fewer do not say how far off their mean is
 PILOT_NODES, PILOT_SHARE, PILOT_REPLICAS = 7, 8, 512
 PILOT_TAIL = 1e-5  # posterior weight outside of the final interval
 EDGE_SHARE, EDGE_WEIGHT = 0.02, 1e-3  # outermost part of an interval, and what it may hold
@@ -105,12 +106,15 @@ def fit(
         ValueError: names the argument, what was expected and what came.
     """
     prior = prior if prior is None or isinstance(prior, Prior) else Prior(prior)
-    experiments = [exp] if isinstance(exp, Experiment) else list(exp)
+    experiments = _as_experiments(exp)
     observables = _named(obs, experiments)
+    if not any(move.needs_n_int for move in step.moves):
+        raise ValueError(f"step must have a move that depends on n_int, got {step}")
     coordinate = Coordinate(model.lag_max, model.lambda_hat, step.slower)
     design = Design(
         experiments, list(observables), step.step_lag, coordinate, mode, shared, clock, nuisance
     )
+    _check_prior(prior, design)
     options = _Options(
         prior,
         None if dof is None else as_positive("dof", dof),
@@ -272,7 +276,7 @@ class _Fit:
         best = problem.parameters(explored.levels[[draws.best]])
         moments = problem.likelihood.moments(best)
         residual = problem.likelihood.points.values - moments.mean[0]
-        p = p_value(residual, moments.total[0], explored.levels.shape[1])
+        p = p_value(residual, moments.total[0], explored.levels.shape[1], self.options.dof)
         n_replicas = problem.emulator.prediction.n_replicas
         u = draws.parameters.u.reshape(CHAINS, DRAWS, -1)
         grouped = {name: draws.named[name] for name in ("n_int", "weight", "timescale")}
@@ -313,7 +317,8 @@ def _leans(problem: Problem, explored: Explored, edge: float) -> bool:
     """Whether neither the data nor the prior exclude an end of the family."""
     if edge not in problem.emulator.interval:
         return False
-    near = (np.abs(problem.parameters(explored.levels).u - edge) <= LEAN_WIDTH).any(1)
+    close = np.abs(problem.parameters(explored.levels).u - edge) <= LEAN_WIDTH
+    near = close.any(1) if problem.design.clock is None else close.all(1)
     if not near.any():
         return False
     top = np.nanmax(explored.log_density)
@@ -332,16 +337,17 @@ def _budget(
 ) -> tuple[int, float | None, int]:
     if target is not None and not 0 < target < 1:
         raise ValueError(f"target_mc_fraction must lie in (0, 1), got {target}")
+    most = as_count("max_replicas", max_replicas, FEWEST_REPLICAS)
     if n_replicas is None:
-        return N_REPLICAS, TARGET_MC_FRACTION if target is None else target, max_replicas
-    return as_count("n_replicas", n_replicas, 4), target, as_count("max_replicas", max_replicas, 4)
+        return N_REPLICAS, TARGET_MC_FRACTION if target is None else target, most
+    return as_count("n_replicas", n_replicas, FEWEST_REPLICAS), target, most
 
 
 def _as_discrepancy(value: bool | float | str) -> float | None:
     """Standard deviation of tau, None for `auto`."""
     if value == "auto" or value is True:
         return None
-    if isinstance(value, str) or not value >= 0:
+    if isinstance(value, str) or not 0 <= value < math.inf:
         raise ValueError(f"discrepancy must be 'auto', a boolean or a number >= 0, got {value!r}")
     return float(value)
 
@@ -358,16 +364,34 @@ def _as_mask(mask: np.ndarray | Sequence[bool] | None, n: int) -> np.ndarray:
     return keep
 
 
+def _as_experiments(exp: Experiment | Sequence[Experiment]) -> list[Experiment]:
+    experiments = list(exp) if isinstance(exp, Sequence) else [exp]
+    for one in experiments:
+        if not isinstance(one, Experiment):
+            raise ValueError(f"exp must be an Experiment or several, got {type(one).__name__}")
+    if not experiments:
+        raise ValueError("exp must hold at least one experiment, got none")
+    return experiments
+
+
+def _check_prior(prior: Prior | None, design: Design) -> None:
+    """Refuse a prior that would not be used, or not as it was meant."""
+    if prior is None:
+        return
+    if design.clock is not None:
+        raise ValueError("prior must be None with a clock, which has priors of its own")
+    if prior.on == "timescale" and (design.group_lags != design.step_lag).any():
+        raise ValueError(
+            "prior on the timescale needs lags of one step_lag in mode 'direct', got lags "
+            f"{design.group_lags.tolist()}; give it on n_int"
+        )
+
+
 def _named(
     obs: Correlation | Mapping[str, Correlation], experiments: Sequence[Experiment]
 ) -> dict[str, Correlation]:
     """Observables by the names that the experiments use."""
-    for exp in experiments:
-        if not isinstance(exp, Experiment):
-            raise ValueError(f"exp must be an Experiment or several, got {type(exp).__name__}")
     names = list(dict.fromkeys(name for exp in experiments for name in exp.observables))
-    if not names:
-        raise ValueError("exp must hold at least one experiment, got none")
     if isinstance(obs, Correlation):
         if len(names) > 1:
             raise ValueError(
