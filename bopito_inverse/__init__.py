@@ -4,7 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bopito_inverse import datasets, inference, models, observables, sampling, simulate, systems
+    from bopito_inverse import (
+        datasets,
+        diagnostics,
+        inference,
+        models,
+        observables,
+        sampling,
+        simulate,
+        systems,
+    )
     from bopito_inverse.interpolator import Interpolator
 
 __version__ = "0.1.0"
@@ -12,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Interpolator",
     "datasets",
+    "diagnostics",
     "inference",
     "models",
     "observables",

@@ -22,6 +22,7 @@ ORDER = (
     "sampling",
     "observables",
     "inference",
+    "diagnostics",
     "plots",
     "report",
     "config",

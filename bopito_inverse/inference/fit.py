@@ -17,7 +17,6 @@ import numpy as np
 from bopito_inverse.arguments import Device, as_count, as_positive
 from bopito_inverse.datasets import Array, Frames
 from bopito_inverse.inference.design import Clock, Design
-from bopito_inverse.inference.diagnostics import judge, p_value
 from bopito_inverse.inference.discrepancy import (
     INTERPOLATED_SD,
     LOCAL_SD,
@@ -33,6 +32,7 @@ from bopito_inverse.inference.prediction import Prediction, as_observables
 from bopito_inverse.inference.prior import Prior
 from bopito_inverse.inference.problem import Problem
 from bopito_inverse.inference.result import Draws, FitResult, one_or_all
+from bopito_inverse.inference.status import judge, p_value
 from bopito_inverse.interpolator import Interpolator
 from bopito_inverse.observables import Correlation, Experiment
 from bopito_inverse.sampling.rollout import Renoise, Rollout, renoising_step

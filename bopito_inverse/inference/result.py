@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from bopito_inverse.inference.diagnostics import Status
 from bopito_inverse.inference.explore import CHAINS, DRAWS, Explored
 from bopito_inverse.inference.likelihood import Parameters, gaussian
 from bopito_inverse.inference.posterior import Estimate, inference_data
 from bopito_inverse.inference.problem import Problem
+from bopito_inverse.inference.status import Status
 from bopito_inverse.inference.timescale import timescale
 
 PRIOR_DRAWS = 1000

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from bopito_inverse.datasets import Array, Frames
-from bopito_inverse.inference.diagnostics import Status
 from bopito_inverse.inference.fan_out import fan_out
 from bopito_inverse.inference.fit import fit
 from bopito_inverse.inference.posterior import Estimate
 from bopito_inverse.inference.result import Estimates, _as_tuple, _plain
+from bopito_inverse.inference.status import Status
 from bopito_inverse.interpolator import Interpolator
 from bopito_inverse.models.scores import BoPITOScore, BoundScore
 from bopito_inverse.noise import per_replica

@@ -20,7 +20,7 @@ from scipy.stats import beta, lognorm, norm, uniform
 
 import bopito_inverse as bi
 from bopito_inverse.inference import Clock, Nuisance, Prior
-from bopito_inverse.inference.diagnostics import p_value
+from bopito_inverse.inference.status import p_value
 from bopito_inverse.observables import NORMALIZATIONS, Correlation, Experiment
 from bopito_inverse.sampling import Interpolate, Propagate, Rollout
 

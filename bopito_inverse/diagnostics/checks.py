@@ -29,15 +29,15 @@ from torch import Tensor, nn
 
 from bopito_inverse.arguments import Device, as_count, as_generator, as_positive
 from bopito_inverse.datasets import Array, Frames
-from bopito_inverse.inference.distances import Distance, covariance_by_start, measure
-from bopito_inverse.inference.replicas import Reader, Replicas
-from bopito_inverse.inference.transitions import (
+from bopito_inverse.diagnostics.distances import Distance, covariance_by_start, measure
+from bopito_inverse.diagnostics.replicas import Reader, Replicas
+from bopito_inverse.diagnostics.transitions import (
     Transitions,
     compare_slowest,
     row_variation,
     transitions,
 )
-from bopito_inverse.inference.verdicts import ChapmanKolmogorov, Stationarity
+from bopito_inverse.diagnostics.verdicts import ChapmanKolmogorov, Stationarity
 from bopito_inverse.observables.correlations import Observable
 from bopito_inverse.sampling.rollout import Rollout
 

@@ -21,7 +21,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from bopito_inverse.inference.distances import Statistic, covariance_by_start
+from bopito_inverse.diagnostics.distances import Statistic, covariance_by_start
 
 
 class Transitions(NamedTuple):

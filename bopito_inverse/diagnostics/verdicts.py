@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bopito_inverse.inference.distances import (
+from bopito_inverse.diagnostics.distances import (
     ONE_SIDED,
     Distance,
     Grade,
@@ -21,8 +21,8 @@ from bopito_inverse.inference.distances import (
     table,
     worst_grade,
 )
+from bopito_inverse.diagnostics.transitions import Slowest
 from bopito_inverse.inference.timescale import timescale
-from bopito_inverse.inference.transitions import Slowest
 
 TIMESCALE_TOLERANCE = 0.1
 RESOLVED = 0.5  # relative error up to which a timescale is judged
