@@ -85,7 +85,7 @@ def fit(
             measured lag, with its own n_int.
         seed: integer.
         n_replicas: rollouts at each node of the emulator. By default as many as
-            `target_mc_fraction` needs, at least 4096.
+            `target_mc_fraction` needs, at least 4096; given with a target, the least number.
         device: `auto`, `cpu` or `cuda`.
         shared: whether several experiments have one n_int.
         mask: true for the points that are fitted, (L,) over all experiments; the others are held
@@ -95,8 +95,9 @@ def fit(
         dof: degrees of freedom of Student-t errors of the experiment; Gaussian by default.
         discrepancy: whether the step itself may be wrong (see `discrepancy`); a number is the
             standard deviation of tau; `auto` leaves it out where it would not matter.
-        target_mc_fraction: largest share of the posterior variance that Monte Carlo noise may
-            have, in (0, 1); 0.15 where `n_replicas` is not given.
+        target_mc_fraction: share of the posterior variance that Monte Carlo noise may have, in
+            (0, 1), met to about a third of itself, by an estimate from few replicas; 0.15 where
+            `n_replicas` is not given.
         max_replicas: limit to what `target_mc_fraction` may ask for.
 
     Returns:

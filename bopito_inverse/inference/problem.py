@@ -71,7 +71,11 @@ class Problem:
         return shares
 
     def predict(
-        self, explored: Explored, lags: np.ndarray | Sequence[float], observable: str | None
+        self,
+        explored: Explored,
+        lags: np.ndarray | Sequence[float],
+        observable: str | None,
+        experiment: int,
     ) -> np.ndarray:
         """See `FitResult.predict`."""
         design = self.design
@@ -79,12 +83,17 @@ class Problem:
         if name not in design.names:
             raise ValueError(f"observable must be one of {design.names}, got {name!r}")
         wanted = np.atleast_1d(np.asarray(lags, dtype=np.float64))
-        group = np.zeros(len(wanted), dtype=int)
+        group = np.full(len(wanted), experiment)
         if design.mode == "direct":
             if not np.isin(wanted, design.group_lags).all():
                 raise ValueError(f"lags must be among those fitted, {design.group_lags.tolist()}")
             group = np.searchsorted(design.group_lags, wanted)
         else:
+            if not 0 <= experiment < design.n_groups:
+                raise ValueError(
+                    f"experiment must be below {design.n_groups}, one for each n_int, "
+                    f"got {experiment}"
+                )
             self.emulator.prediction.steps_of(wanted)
             if wanted.max() > design.n_steps * design.step_lag:
                 longest = design.n_steps * design.step_lag

@@ -105,7 +105,10 @@ class FitResult:
         return "\n".join(f"{name:10s} {text}" for name, text in rows)
 
     def predict(
-        self, lags: np.ndarray | Sequence[float], observable: str | None = None
+        self,
+        lags: np.ndarray | Sequence[float],
+        observable: str | None = None,
+        experiment: int = 0,
     ) -> np.ndarray:
         """Posterior draws of the true correlation at other lags, (chains, draws, L).
 
@@ -116,8 +119,9 @@ class FitResult:
                 frames; direct: lags that were measured.
             observable: name of the observable, which need not have been measured; by default the
                 first one.
+            experiment: whose n_int, by index, where each has its own.
         """
-        return self._problem.predict(self._explored, lags, observable)
+        return self._problem.predict(self._explored, lags, observable, experiment)
 
 
 class Draws:

@@ -161,7 +161,7 @@ def held_against(problem: Problem, explored: Explored, case: Case, truth: dict) 
     held = {}
     for name in ("x>0", "x^2"):
         lags = case.step_lag * np.arange(1, N_LAGS + 1)
-        drawn = problem.predict(explored, lags, name).reshape(-1, N_LAGS)
+        drawn = problem.predict(explored, lags, name, 0).reshape(-1, N_LAGS)
         ends = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
         held[name] = ((ends[0] < truth[name]) & (truth[name] < ends[1])).tolist()
     low, high = found.hdi_94

@@ -219,6 +219,11 @@ def test_experiments_share_n_int_or_have_their_own() -> None:
         assert abs(z_score(estimate, truth)) < 3
         assert abs(z_score(rate, STEP_LAG * 20 / truth)) < 3
     assert own.idata.posterior["n_int"].dims == ("chain", "draw", "group")
+    for index, truth in enumerate((20.0, 28.0)):
+        predicted = own.predict(LAGS[:1], experiment=index)
+        assert abs(predicted.mean() - np.exp(-truth / 20)) < 3 * predicted.std()
+    with pytest.raises(ValueError, match="experiment must be below 2"):
+        own.predict(LAGS, experiment=2)
     shared = fit([exp[0], experiment(20.0, seed=13)])
     assert abs(z_score(shared.n_int, 20.0)) < 3
     assert shared.n_int.sd < 0.9 * fit(exp[0]).n_int.sd
