@@ -277,10 +277,11 @@ def renoising_step(
         step_lag: physical length of the step, in frames.
         solver: how each move turns noise into a frame.
         relaxation: frames that the trained model moves in one step. By default `step_lag` / 2, or
-            N_max where that is less: right where the slow process is missing from the data, because
-            renoising moves frames within their wells too. Where the data hold the slow process (its
-            timescale in the trained model is less than some three times that of the experiment),
-            take `step_lag` (`tests/benchmarks/bench_steps.py`).
+            N_max where that is less. Renoising moves frames within their wells too, so that more
+            is not better where the slow process is missing from the data: best is some twice the
+            slowest relaxation within a well. Where the data hold the slow process (its timescale
+            in the trained model is less than some three times that of the experiment), take
+            `step_lag` (`tests/benchmarks/bench_steps.py`).
 
     >>> renoising_step(lag_max=50, step_lag=100)
     Rollout([Propagate(share=0.5), Renoise(), Propagate(share=0.5)], step_lag=100, ...)
