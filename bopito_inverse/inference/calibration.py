@@ -48,7 +48,9 @@ LEVELS = (0.5, 0.8, 0.94)
 DRAWS = 99  # posterior draws among which the truth is ranked
 BINS, PER_BIN = (20, 10, 5, 4, 2), 5  # of the rank histogram, and the fewest expected in each
 FLAG = 0.002  # chance below which a deviation is called one
-TRUTH_SHARE, TRUTH_NODES = 16, 9  # replicas of the truth by those of a fit; nodes of its emulator
+TRUTH_SHARE = 16  # replicas of the truth by those of a fit
+FIRST_NODES, MAX_NODES = 7, 40  # of the emulator of the truth
+NEGLIGIBLE = 0.02  # mean squared error of this emulator, in units of the error of the data
 TAIL = 1e-6  # of the prior, left out on either side
 
 
@@ -108,7 +110,7 @@ def calibrate(
     )
     shared = {"model": model, "step": step, "obs": obs, "starts": starts, "prior": prior}
     made = fan_out(_fitted, shared | options, simulated, "simulated experiment", executor, progress)
-    return _collected(made, replicas, seed)
+    return _collected(made, replicas, truth.squared_error, seed)
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,8 @@ class Calibration:
         quantities: `n_int`, `timescale` and nuisance parameters, by name; `n_int[1]` where there
             is one for each experiment or lag.
         statuses: how often each status came.
-        truth_error: error of the truths in units of the posterior standard deviation. Common to
-            all experiments, it shows as a shift.
+        truth_error: error of the truths, Monte Carlo and interpolation, in units of the posterior
+            standard deviation. It is common to all experiments and can show as a shift.
         truth_replicas: rollouts behind the truths.
         seed: integer.
     """
@@ -336,6 +338,8 @@ class _Truth:
         n_replicas: int,
         options: Mapping[str, Any],
     ) -> None:
+        self.mc_scale = n_replicas / (options.get("n_replicas") or N_REPLICAS)
+        self.squared_error = math.nan
         observables = _named(obs, experiments)
         coordinate = Coordinate(model.lag_max, model.lambda_hat, step.slower)
         named = {k: options[k] for k in ("mode", "shared", "clock", "nuisance") if k in options}
@@ -346,7 +350,7 @@ class _Truth:
             model, step, observables, longest, starts, own_seed, n_replicas, device
         )
         interval = _support(None if design.clock else prior, coordinate)
-        emulator = Emulator(prediction, coordinate, interval, TRUTH_NODES)
+        emulator = Emulator(prediction, coordinate, interval, FIRST_NODES)
         self.likelihood = Likelihood(design.points, emulator, dof=options.get("dof"))
         everything = np.ones(len(design.points), dtype=bool)
         self.problem = Problem(design, everything, self.likelihood, prior)
@@ -358,9 +362,7 @@ class _Truth:
         width = problem.high - problem.low
         levels = problem.low + width * rng.random((n, len(width)))
         parameters = problem.parameters(levels)
-        # one at a time: moments come with a covariance
-        exact = [self.likelihood.moments(part).mean[0] for part in parameters.split(1)]
-        values = np.array(exact) + noise_scale * self._noise(parameters, rng)
+        values = self._exact(parameters) + noise_scale * self._noise(parameters, rng)
         named = self._values(levels, parameters)
         seeds = rng.integers(2**31, size=n)
         return [
@@ -371,6 +373,27 @@ class _Truth:
             )
             for i in range(n)
         ]
+
+    def _exact(self, parameters: Parameters) -> np.ndarray:
+        """Data without noise, (n, L), with nodes added until the emulator's own error is small."""
+        emulator = self.likelihood.emulator
+        while True:
+            mean, squared = zip(*map(self._with_error, parameters.split(1)), strict=True)
+            self.squared_error = float(np.mean(squared))
+            if self.squared_error < NEGLIGIBLE or len(emulator.nodes) >= MAX_NODES:
+                return np.array(mean)
+            worst = parameters.u[np.argmax(squared)]
+            emulator.add(float(worst[np.argmax(emulator.remoteness(worst))]))
+
+    def _with_error(self, parameters: Parameters) -> tuple[np.ndarray, float]:
+        """Data (L,) of one truth, and the squared error in units of a fit's own."""
+        points = self.likelihood.points
+        made = self.likelihood.emulator(parameters.u[:, points.group], points.columns)
+        moments = self.likelihood.varied(mc_scale=self.mc_scale, with_error=False).moments(
+            parameters
+        )
+        error = parameters.scale[0] * made.error[0]
+        return moments.mean[0], float(error @ np.linalg.solve(moments.total[0], error))
 
     def _noise(self, parameters: Parameters, rng: np.random.Generator) -> np.ndarray:
         dof, shape = self.likelihood.dof, parameters.scale.shape
@@ -465,7 +488,9 @@ def _in_hdi(ordered: np.ndarray, truth: float, level: float) -> bool:
     return bool(ordered[first] <= truth <= ordered[first + inside])
 
 
-def _collected(made: list[dict[str, Any]], truth_replicas: int, seed: int) -> Calibration:
+def _collected(
+    made: list[dict[str, Any]], truth_replicas: int, squared_error: float, seed: int
+) -> Calibration:
     quantities = {
         name: Ranked(*map(np.array, zip(*(one["ranked"][name] for one in made), strict=True)))
         for name in made[0]["ranked"]
@@ -475,7 +500,7 @@ def _collected(made: list[dict[str, Any]], truth_replicas: int, seed: int) -> Ca
     return Calibration(
         quantities,
         dict(counts.most_common()),
-        math.sqrt(share / truth_replicas),
+        math.sqrt(share / truth_replicas + squared_error),
         truth_replicas,
         seed,
     )
