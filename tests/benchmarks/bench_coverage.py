@@ -1,6 +1,6 @@
 """Do the intervals cover the *exact* answer, where the data are biased?
 
-    python tests/benchmarks/bench_coverage.py            (about 25 minutes on 2 cores)
+    python tests/benchmarks/bench_coverage.py            (about 30 minutes on 2 idle cores)
 
 Random cases with exact scores: a potential (Prinz, double wells, triple wells), a bias (the slow
 process cut out of the data; short data of the right dynamics; dynamics too slow or too fast by a
