@@ -37,6 +37,10 @@ current directory, because a run file may lie where nothing can be written.
 
     [experiment]
     file = "experiment.csv"
+
+    [fit]                           # all optional: arguments of inference.fit
+    n_replicas = 8192
+    prior = { distribution = "lognorm", on = "timescale", s = 1.0, scale = 200.0 }
 """
 
 import difflib

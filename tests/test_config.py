@@ -56,6 +56,18 @@ def read(tmp_path: Path, text: str) -> Config:
     return Config.read(path)
 
 
+def test_prior_on_another_quantity_and_options_of_the_fit(tmp_path: Path) -> None:
+    text = '[fit]\nprior = {distribution = "lognorm", on = "timescale", s = 1}\ndiscrepancy = false'
+    fit = read(tmp_path, MINIMAL + text).fit
+    prior = fit.build_prior()
+    assert prior is not None
+    assert prior.on == "timescale"
+    options = fit.options()
+    assert (options["discrepancy"], options["n_replicas"], options["dof"]) == (False, None, None)
+    with pytest.raises(ValueError, match="on must be one of n_int, weight, timescale, got 'rate'"):
+        read(tmp_path, MINIMAL + text.replace("timescale", "rate"))
+
+
 def test_every_section_is_read(tmp_path: Path) -> None:
     config = read(tmp_path, FULL)
     assert (config.seed, config.device, config.output) == (3, "cpu", Path("out"))
