@@ -37,7 +37,7 @@ from bopito_inverse.interpolator import Interpolator
 from bopito_inverse.observables import Correlation, Experiment
 from bopito_inverse.sampling.rollout import Renoise, Rollout, renoising_step
 
-N_REPLICAS, TARGET_MC_FRACTION, MAX_REPLICAS = 4096, 0.12, 65536
+N_REPLICAS, TARGET_MC_FRACTION, MAX_REPLICAS = 4096, 0.1, 65536
 FEWEST_REPLICAS = 32  # fewer do not say how far off their mean is
 PILOT_NODES, PILOT_SHARE, PILOT_REPLICAS = 7, 8, 512
 PILOT_TAIL = 1e-5  # posterior weight outside of the final interval
@@ -96,7 +96,7 @@ def fit(
         discrepancy: whether the step itself may be wrong (see `discrepancy`); a number is the
             standard deviation of tau; `auto` leaves it out where it would not matter.
         target_mc_fraction: share of the posterior variance that Monte Carlo noise may have, in
-            (0, 1), met to about a third of itself, by an estimate from few replicas; 0.12 where
+            (0, 1), met to about a third of itself, by an estimate from few replicas; 0.1 where
             `n_replicas` is not given.
         max_replicas: limit to what `target_mc_fraction` may ask for.
 

@@ -1,6 +1,6 @@
 """Calibration: do intervals hold the truth as often as they say?
 
-    OMP_NUM_THREADS=1 nice python tests/benchmarks/bench_calibration.py     (an hour on 2 cores)
+    OMP_NUM_THREADS=1 nice python tests/benchmarks/bench_calibration.py     (20 minutes on 2 cores)
 
 Simulated experiments on the Prinz potential, correlation of x at 100, ..., 500 frames, fitted
 through `renoising_step`: 100 for each of three error bars with exact scores, where the dynamics
@@ -13,7 +13,7 @@ Writes data/results/calibration.json and calibration.png.
 """
 
 import json
-import platform
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,8 +24,9 @@ import torch
 from scipy.stats import binom, chisquare, uniform
 
 import bopito_inverse as bi
-from bopito_inverse.inference import Prior, calibrate
-from bopito_inverse.inference.calibration import LEVELS, Calibration
+from bopito_inverse.diagnostics import calibrate
+from bopito_inverse.diagnostics.calibration import LEVELS, Calibration
+from bopito_inverse.inference import Prior
 from bopito_inverse.plots import STYLE
 from bopito_inverse.sampling import DPMSolver, renoising_step
 from bopito_inverse.systems import Prinz, TransferOperator
@@ -110,7 +111,7 @@ def write(made: dict[str, Calibration], seconds: dict[str, int]) -> None:
         "prior": "weight uniform in [0.2, 0.98]",
     }
     versions = {"bopito_inverse": bi.__version__, "torch": torch.__version__}
-    about = {"settings": settings, "versions": versions, "machine": platform.processor()}
+    about = {"settings": settings, "versions": versions, "machine": f"{os.cpu_count()} cores, no GPU"}
     cases = {name: one.summary() | {"seconds": seconds[name]} for name, one in made.items()}
     OUT.parent.mkdir(exist_ok=True)
     text = json.dumps(about | {"together": together(made), "cases": cases}, indent=1)

@@ -6,8 +6,8 @@ import torch
 from scipy.stats import uniform
 
 import bopito_inverse as bi
-from bopito_inverse.inference.calibration import Calibration, Ranked, calibrate
-from bopito_inverse.inference.fan_out import fan_out
+from bopito_inverse.diagnostics.calibration import Calibration, Ranked, calibrate
+from bopito_inverse.diagnostics.fan_out import fan_out
 from bopito_inverse.sampling import DPMSolver, Interpolate, Rollout
 
 SYSTEM = bi.systems.OrnsteinUhlenbeck()  # timescale 20 frames
@@ -90,7 +90,7 @@ def test_ranks_of_known_posteriors() -> None:
 
 
 def _verdict(rng, n: int, sd: float, centre: float, word: str | None) -> bool:
-    from bopito_inverse.inference.calibration import _ranked
+    from bopito_inverse.diagnostics.calibration import _ranked
 
     rows = []
     for _ in range(n):

@@ -30,9 +30,9 @@ from scipy.stats import binomtest, chisquare, norm
 
 from bopito_inverse.arguments import as_count, as_positive
 from bopito_inverse.datasets import Array, Frames
+from bopito_inverse.diagnostics.fan_out import fan_out
 from bopito_inverse.inference.design import Design
 from bopito_inverse.inference.emulator import Coordinate, Emulator
-from bopito_inverse.inference.fan_out import fan_out
 from bopito_inverse.inference.fit import N_REPLICAS, _named, fit
 from bopito_inverse.inference.likelihood import Likelihood, Parameters
 from bopito_inverse.inference.prediction import Prediction

@@ -6,7 +6,7 @@ import torch
 from scipy.stats import norm
 
 import bopito_inverse as bi
-from bopito_inverse.inference.sensitivity import relaxations, sensitivity, with_lambda_hat
+from bopito_inverse.diagnostics.sensitivity import relaxations, sensitivity, with_lambda_hat
 from bopito_inverse.sampling import DPMSolver, Interpolate, Propagate, Rollout, renoising_step
 
 SYSTEM = bi.systems.OrnsteinUhlenbeck()  # timescale 20 frames
