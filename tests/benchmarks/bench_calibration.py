@@ -98,7 +98,7 @@ def main() -> None:
         seconds[name] = round(time.perf_counter() - began)
         print(f"{name}, {seconds[name]} s\n{made[name]}\n", flush=True)
         write(made, seconds)
-    draw(made)
+    draw()
 
 
 def write(made: dict[str, Calibration], seconds: dict[str, int]) -> None:
@@ -111,7 +111,11 @@ def write(made: dict[str, Calibration], seconds: dict[str, int]) -> None:
         "prior": "weight uniform in [0.2, 0.98]",
     }
     versions = {"bopito_inverse": bi.__version__, "torch": torch.__version__}
-    about = {"settings": settings, "versions": versions, "machine": f"{os.cpu_count()} cores, no GPU"}
+    about = {
+        "settings": settings,
+        "versions": versions,
+        "machine": f"{os.cpu_count()} cores, no GPU",
+    }
     cases = {name: one.summary() | {"seconds": seconds[name]} for name, one in made.items()}
     OUT.parent.mkdir(exist_ok=True)
     text = json.dumps(about | {"together": together(made), "cases": cases}, indent=1)
@@ -141,42 +145,42 @@ def together(made: dict[str, Calibration]) -> dict:
     return out
 
 
-def draw(made: dict[str, Calibration]) -> None:
+def draw() -> None:
+    """The figure, from what was written."""
+    cases = json.loads(OUT.read_text())["cases"]
+    exact = [case for name, case in cases.items() if "exact" in name]
+    trained = [case for name, case in cases.items() if "trained" in name]
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 3, figsize=(7.0, 3.9), layout="constrained")
-        for row, quantity in zip(axes, QUANTITIES, strict=True):
-            trained, control = (
-                next(c.ranks[quantity] for name, c in made.items() if word in name)
-                for word in ("trained", "control")
-            )
-            histogram(row[0], ranks(made, quantity), f"{QUANTITIES[quantity]}, exact scores", 20)
-            histogram(row[1], trained, f"{QUANTITIES[quantity]}, trained model", 10)
-            coverage(row[2], made, quantity)
-            print(quantity, "control", np.histogram(control, 10, (-0.5, 99.5))[0])
+        figure, axes = plt.subplots(2, 3, figsize=(7.0, 4.4), layout="constrained")
+        for row, (quantity, label) in zip(axes, QUANTITIES.items(), strict=True):
+            histogram(row[0], exact, quantity, f"{label}, exact scores", 20)
+            histogram(row[1], trained, quantity, f"{label}, trained model", 10)
+            coverage(row[2], cases, quantity)
+        handles, labels = axes[0, 2].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
         figure.savefig(OUT.with_suffix(".png"), dpi=200)
 
 
-def histogram(axes: plt.Axes, rank: np.ndarray, title: str, bins: int) -> None:
+def histogram(axes: plt.Axes, cases: list[dict], quantity: str, title: str, bins: int) -> None:
+    rank = np.concatenate([case["quantities"][quantity]["rank"] for case in cases])
     low, high = binom.ppf([0.005, 0.995], len(rank), 1 / bins)
-    axes.axhspan(low, high, color="#D9D9D9", lw=0)
+    axes.hist(rank, bins, (-0.5, 99.5), histtype="stepfilled", color="#56B4E9")
+    axes.axhspan(low, high, color="#7F7F7F", alpha=0.25, lw=0)  # 99 % of uniform ranks
     axes.axhline(len(rank) / bins, color="black", lw=0.6)
-    axes.hist(rank, bins, (-0.5, 99.5), histtype="stepfilled", color="#0072B2", alpha=0.8)
     axes.set(title=title, xlabel="rank of the truth", ylabel="experiments", xlim=(-0.5, 99.5))
 
 
-def coverage(axes: plt.Axes, made: dict[str, Calibration], quantity: str) -> None:
-    offsets = np.linspace(-0.03, 0.03, len(made))
-    for (name, one), (marker, colour), offset in zip(made.items(), MARKERS, offsets, strict=True):
-        rows = [row for row in one.coverage if row.quantity == quantity]
-        x = [row.level + offset for row in rows]
-        y = [row.central - row.level for row in rows]
-        error = [row.error for row in rows]
+def coverage(axes: plt.Axes, cases: dict[str, dict], quantity: str) -> None:
+    offsets = np.linspace(-0.03, 0.03, len(cases))
+    for (name, case), (marker, colour), offset in zip(cases.items(), MARKERS, offsets, strict=True):
+        rows = case["quantities"][quantity]["coverage"].values()
+        x = np.array(LEVELS) + offset
+        y = [row["central"] - level for row, level in zip(rows, LEVELS, strict=True)]
+        error = [row["error"] for row in rows]
         axes.errorbar(x, y, error, fmt=marker, color=colour, ms=3, lw=0.8, label=name)
     axes.axhline(0, color="black", lw=0.6)
     axes.set(title=QUANTITIES[quantity], xlabel="probability of the interval")
     axes.set(ylabel="covered minus claimed", ylim=(-0.45, 0.2), xticks=LEVELS)
-    if quantity == "timescale":
-        axes.legend(fontsize=5.5, loc="lower right")
 
 
 if __name__ == "__main__":
