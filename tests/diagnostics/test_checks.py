@@ -10,9 +10,9 @@ from torch import Tensor, nn
 import bopito_inverse as bi
 from bopito_inverse.arguments import as_generator
 from bopito_inverse.datasets import Frames
+from bopito_inverse.diagnostics import checks, replicas
 from bopito_inverse.diagnostics.checks import chapman_kolmogorov, stationarity
 from bopito_inverse.diagnostics.transitions import Transitions, compare_slowest
-from bopito_inverse.inference import checks, replicas
 from bopito_inverse.noise import Scaling, VPSchedule
 from bopito_inverse.sampling import DPMSolver, Interpolate, Propagate, Rollout, renoising_step
 from bopito_inverse.sampling.solvers import standard_normal_quantiles
