@@ -33,7 +33,7 @@ from bopito_inverse.datasets import Array, Frames
 from bopito_inverse.diagnostics.fan_out import fan_out
 from bopito_inverse.inference.design import Design
 from bopito_inverse.inference.emulator import Coordinate, Emulator
-from bopito_inverse.inference.fit import N_REPLICAS, _named, fit
+from bopito_inverse.inference.fit import N_REPLICAS, fit, named_observables
 from bopito_inverse.inference.likelihood import Likelihood, Parameters
 from bopito_inverse.inference.prediction import Prediction
 from bopito_inverse.inference.prior import Levels, Prior
@@ -340,7 +340,7 @@ class _Truth:
     ) -> None:
         self.mc_scale = n_replicas / (options.get("n_replicas") or N_REPLICAS)
         self.squared_error = math.nan
-        observables = _named(obs, experiments)
+        observables = named_observables(obs, experiments)
         coordinate = Coordinate(model.lag_max, model.lambda_hat, step.slower)
         named = {k: options[k] for k in ("mode", "shared", "clock", "nuisance") if k in options}
         design = Design(experiments, list(observables), step.step_lag, coordinate, **named)
@@ -362,7 +362,7 @@ class _Truth:
         width = problem.high - problem.low
         levels = problem.low + width * rng.random((n, len(width)))
         parameters = problem.parameters(levels)
-        values = self._exact(parameters) + noise_scale * self._noise(parameters, rng)
+        values = self._exact(parameters) + noise_scale * self.likelihood.noise(parameters, rng)
         named = self._values(levels, parameters)
         seeds = rng.integers(2**31, size=n)
         return [
@@ -394,12 +394,6 @@ class _Truth:
         )
         error = parameters.scale[0] * made.error[0]
         return moments.mean[0], float(error @ np.linalg.solve(moments.total[0], error))
-
-    def _noise(self, parameters: Parameters, rng: np.random.Generator) -> np.ndarray:
-        dof, shape = self.likelihood.dof, parameters.scale.shape
-        z = rng.standard_normal(shape) if dof is None else rng.standard_t(dof, shape)
-        root = np.linalg.cholesky(self.likelihood.points.covariance)
-        return parameters.sigma_scale * (z @ root.T)
 
     def _values(self, levels: np.ndarray, parameters: Parameters) -> dict[str, np.ndarray]:
         """True values of everything that is ranked, (n,), named as in `_draws`."""

@@ -24,7 +24,7 @@ from bopito_inverse.datasets import Array, Frames
 from bopito_inverse.diagnostics.fan_out import fan_out
 from bopito_inverse.inference.fit import fit
 from bopito_inverse.inference.posterior import Estimate
-from bopito_inverse.inference.result import Estimates, _as_tuple, _plain
+from bopito_inverse.inference.result import Estimates, as_tuple, plain
 from bopito_inverse.inference.status import Status
 from bopito_inverse.interpolator import Interpolator
 from bopito_inverse.models.scores import BoPITOScore, BoundScore
@@ -102,7 +102,7 @@ class Sensitivity:
 
     def shift(self, label: str, quantity: str = "timescale") -> tuple[float, ...]:
         """Difference of means from the first row in its posterior sd, one for each n_int."""
-        first, other = (_as_tuple(getattr(row, quantity)) for row in (self.rows[0], self[label]))
+        first, other = (as_tuple(getattr(row, quantity)) for row in (self.rows[0], self[label]))
         return tuple((b.mean - a.mean) / a.sd for a, b in zip(first, other, strict=True))
 
     def summary(self) -> list[dict[str, Any]]:
@@ -111,7 +111,7 @@ class Sensitivity:
             {
                 "label": row.label,
                 **{
-                    name: _plain(getattr(row, name), Estimate.to_dict)
+                    name: plain(getattr(row, name), Estimate.to_dict)
                     for name in ("n_int", "weight", "timescale")
                 },
                 "p_value": row.p_value,
@@ -126,7 +126,7 @@ class Sensitivity:
         head = " " * width + "".join(f"{name:>20s}" for name in names)
         lines = [f"{head}{'shift':>8s}{'p':>9s}  status"]
         for row in self.rows:
-            groups = zip(*(_as_tuple(getattr(row, name)) for name in names), strict=True)
+            groups = zip(*(as_tuple(getattr(row, name)) for name in names), strict=True)
             for i, (group, shift) in enumerate(zip(groups, self.shift(row.label), strict=True)):
                 cells = "".join(f"{f'{one.mean:.4g} +- {one.sd:.2g}':>20s}" for one in group)
                 end = f"{row.p_value:9.2g}  {row.status}" if i == 0 else ""

@@ -19,8 +19,8 @@ draw, so that with the predictions g_T of the trained part (w = 1) and its eigen
     g'_k = g(inf) + (lambda_2 / lambda_T)^k (g_Tk - g(inf)).
 
 For steps that interpolate, the opposite is `renoising_step` itself. Where the data hold the slow
-process, or all steps agree, d vanishes, and the term with it. The standard deviations are those
-seen against exact answers (`tests/benchmarks/bench_steps.py`).
+process, or all steps agree, d vanishes, and the term with it. The standard deviations were
+chosen by hand, from the errors of the timescale that `tests/benchmarks/bench_steps.py` lists.
 """
 
 from collections.abc import Callable

@@ -108,7 +108,7 @@ def fit(
     """
     prior = prior if prior is None or isinstance(prior, Prior) else Prior(prior)
     experiments = _as_experiments(exp)
-    observables = _named(obs, experiments)
+    observables = named_observables(obs, experiments)
     if not any(move.needs_n_int for move in step.moves):
         raise ValueError(f"step must have a move that depends on n_int, got {step}")
     coordinate = Coordinate(model.lag_max, model.lambda_hat, step.slower)
@@ -388,7 +388,7 @@ def _check_prior(prior: Prior | None, design: Design) -> None:
         )
 
 
-def _named(
+def named_observables(
     obs: Correlation | Mapping[str, Correlation], experiments: Sequence[Experiment]
 ) -> dict[str, Correlation]:
     """Observables by the names that the experiments use."""

@@ -218,6 +218,12 @@ class Likelihood:
             out.append(centre[:, n:] + gaussian(left[:, n:, n:], rng))
         return np.concatenate(out)
 
+    def noise(self, parameters: Parameters, rng: np.random.Generator) -> np.ndarray:
+        """One draw of the measurement noise for each of B draws, (B, L)."""
+        shape = parameters.scale.shape
+        z = rng.standard_normal(shape) if self.dof is None else rng.standard_t(self.dof, shape)
+        return parameters.sigma_scale * (z @ np.linalg.cholesky(self.points.covariance).T)
+
     def _latent(self, u: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and covariance of the outputs themselves."""
         made = self.emulator(u, columns)

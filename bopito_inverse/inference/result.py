@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bopito_inverse.inference.explore import CHAINS, DRAWS, Explored
-from bopito_inverse.inference.likelihood import Parameters, gaussian
+from bopito_inverse.inference.likelihood import gaussian
 from bopito_inverse.inference.posterior import Estimate, inference_data
 from bopito_inverse.inference.problem import Problem
 from bopito_inverse.inference.status import Status
@@ -69,7 +69,7 @@ class FitResult:
     def summary(self) -> dict[str, Any]:
         """All numbers as plain JSON values."""
         estimates = {
-            name: _plain(getattr(self, name), Estimate.to_dict)
+            name: plain(getattr(self, name), Estimate.to_dict)
             for name in ("n_int", "weight", "timescale")
         }
         scalars = {
@@ -88,14 +88,14 @@ class FitResult:
                 "seed",
             )
         }
-        scalars["map"] = _plain(self.map, lambda value: value if math.isfinite(value) else None)
+        scalars["map"] = plain(self.map, lambda value: value if math.isfinite(value) else None)
         return estimates | scalars | {"status": str(self.status), "message": self.status.message}
 
     def __str__(self) -> str:
         rows = [
             (name if i == 0 else "", str(one))
             for name, key in (("N_int", "n_int"), ("weight", "weight"), ("timescale", "timescale"))
-            for i, one in enumerate(_as_tuple(getattr(self, key)))
+            for i, one in enumerate(as_tuple(getattr(self, key)))
         ]
         shares = [f"{part.replace('_', ' ')} {x:.0%}" for part, x in self.variance_shares.items()]
         rows += [
@@ -175,7 +175,7 @@ class Draws:
         likelihood, parameters = problem.likelihood, self.parameters
         points = likelihood.points
         a, b = parameters.scale, parameters.offset
-        replicated = a * self.prediction + b + self._noise(parameters)
+        replicated = a * self.prediction + b + likelihood.noise(parameters, self.rng)
         own = {
             name: values.reshape(CHAINS, DRAWS)
             for name, values in design.extra_values(self.levels).items()
@@ -199,17 +199,6 @@ class Draws:
             groups=design.group_lags if design.mode == "direct" else np.arange(design.n_groups),
         )
 
-    def _noise(self, parameters: Parameters) -> np.ndarray:
-        """Measurement noise, (B, L)."""
-        likelihood = self.problem.likelihood
-        root = np.linalg.cholesky(likelihood.points.covariance)
-        shape = parameters.scale.shape
-        if likelihood.dof is None:
-            z = self.rng.standard_normal(shape)
-        else:
-            z = self.rng.standard_t(likelihood.dof, shape)
-        return parameters.sigma_scale * (z @ root.T)
-
     def _prior(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Draws (1, PRIOR_DRAWS) of the prior, and of what it predicts, (1, PRIOR_DRAWS, L)."""
         pilot, design = self.pilot, self.pilot.design
@@ -217,7 +206,11 @@ class Draws:
         levels = pilot.low + width * self.rng.random((PRIOR_DRAWS, len(width)))
         parameters = pilot.parameters(levels)
         moments = pilot.likelihood.moments(parameters)
-        replicated = moments.mean + gaussian(moments.model, self.rng) + self._noise(parameters)
+        replicated = (
+            moments.mean
+            + gaussian(moments.model, self.rng)
+            + pilot.likelihood.noise(parameters, self.rng)
+        )
         u = parameters.u if design.n_groups > 1 else parameters.u[:, 0]
         drawn = {
             "n_int": design.coordinate.n_int(u),
@@ -227,7 +220,8 @@ class Draws:
         return {name: values[None] for name, values in drawn.items()}, replicated[None]
 
 
-def _as_tuple(value: Any) -> tuple:
+def as_tuple(value: Any) -> tuple:
+    """A tuple, of one value where there is one."""
     return value if isinstance(value, tuple) else (value,)
 
 
@@ -236,6 +230,7 @@ def one_or_all(values: list) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def _plain(value: Any, convert: Callable[[Any], Any]) -> Any:
-    converted = [convert(one) for one in _as_tuple(value)]
+def plain(value: Any, convert: Callable[[Any], Any]) -> Any:
+    """A value or each of a tuple, converted for JSON."""
+    converted = [convert(one) for one in as_tuple(value)]
     return converted if isinstance(value, tuple) else converted[0]

@@ -70,7 +70,7 @@ def judge(
         return Status(
             "mc_limited",
             f"{monte_carlo_share:.0%} of the posterior variance is Monte Carlo noise of the "
-            "prediction, and the interval may be a tenth too narrow: raise n_replicas",
+            "prediction, and the interval may be too narrow: raise n_replicas",
         )
     return Status("ok", "the posterior is inside the family and the fit explains the data")
 

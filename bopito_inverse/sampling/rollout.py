@@ -83,18 +83,15 @@ class Move(Protocol):
         ...
 
 
-class Interpolate:
-    """A draw from the interpolator.
-
-    Args:
-        n_int: fixed interpolation parameter; by default the one given when the rollout is run.
-    """
+class _Tuned:
+    """A move that n_int tunes, the one of the rollout or a fixed one."""
 
     def __init__(self, n_int: float | None = None) -> None:
         self.n_int = None if n_int is None else _as_n_int(n_int)
 
     def __repr__(self) -> str:
-        return f"Interpolate({'' if self.n_int is None else f'n_int={self.n_int:g}'})"
+        fixed = "" if self.n_int is None else f"n_int={self.n_int:g}"
+        return f"{type(self).__name__}({fixed})"
 
     @property
     def needs_n_int(self) -> bool:
@@ -103,7 +100,15 @@ class Interpolate:
 
     def config(self) -> dict:
         """What identifies the move."""
-        return {"move": "interpolate", "n_int": self.n_int}
+        return {"move": type(self).__name__.lower(), "n_int": self.n_int}
+
+
+class Interpolate(_Tuned):
+    """A draw from the interpolator.
+
+    Args:
+        n_int: fixed interpolation parameter; by default the one given when the rollout is run.
+    """
 
     def __call__(
         self, model: nn.Module, y: Tensor, n_int: Tensor, solver: Solver, normal: NormalDraw
@@ -114,28 +119,13 @@ class Interpolate:
         return solver(score, model.noise, normal(y), normal)
 
 
-class Renoise:
+class Renoise(_Tuned):
     """Noise to the level at which alpha = w, then denoising with the equilibrium score.
 
     Args:
         n_int: fixed interpolation parameter, inf for a fresh draw of equilibrium; by default the
             one given when the rollout is run. At and below N_max nothing happens.
     """
-
-    def __init__(self, n_int: float | None = None) -> None:
-        self.n_int = None if n_int is None else _as_n_int(n_int)
-
-    def __repr__(self) -> str:
-        return f"Renoise({'' if self.n_int is None else f'n_int={self.n_int:g}'})"
-
-    @property
-    def needs_n_int(self) -> bool:
-        """Whether it uses the n_int of the rollout."""
-        return self.n_int is None
-
-    def config(self) -> dict:
-        """What identifies the move."""
-        return {"move": "renoise", "n_int": self.n_int}
 
     def __call__(
         self, model: nn.Module, y: Tensor, n_int: Tensor, solver: Solver, normal: NormalDraw
