@@ -173,6 +173,13 @@ class Frames:
         """Kish's effective sample size, (sum w)^2 / sum w^2."""
         return float(1 / self.weights.square().sum())
 
+    def systematic(self, n: int, generator: torch.Generator) -> Tensor:
+        """Index of n frames by weight, (n,), sorted: each appears n w times, give or take one."""
+        device = self.x.device
+        u = torch.rand((), generator=generator, device=device, dtype=torch.float64)
+        levels = (torch.arange(n, device=device) + u) / n
+        return torch.searchsorted(self._cumulative, levels).clamp(max=len(self) - 1)
+
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw `n` frames with replacement by weight, `(n, *event)`, on the device of the data."""
         u = torch.rand(n, dtype=torch.float64, device=self.x.device, generator=generator)

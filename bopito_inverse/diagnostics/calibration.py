@@ -420,7 +420,7 @@ def _support(prior: Prior | None, coordinate: Coordinate) -> tuple[float, float]
     """The interval of u that holds the prior."""
     family = np.array([coordinate.low, coordinate.high])
     if prior is not None and prior.on != "timescale":
-        levels = Levels(prior, coordinate, lambda u: u)
+        levels = Levels(prior, coordinate)
         low, high = levels.of(family)
         tail = TAIL * (high - low)
         family = levels.u(np.array([low + tail, high - tail]))

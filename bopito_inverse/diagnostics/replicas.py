@@ -67,7 +67,8 @@ class Replicas:
                 f"{frames.ess:.3g}"
             )
         value = torch.tensor(float(n_int), device=target)
-        start = _systematic(frames.weights.cpu(), n, seed)
+        on_cpu = frames.to(torch.device("cpu"))
+        start = on_cpu.systematic(n, as_generator(seed, on_cpu.x.device, "starts"))
         return cls(model.to(target), value, frames.to(target), start, seed, target)
 
     def __len__(self) -> int:
@@ -120,11 +121,3 @@ class Replicas:
         (one,) = self.rollout(whole, [1], "last", reader)
         (two,) = self.rollout(second, [1], "last", reader, middle.to(self.device))
         return one, two
-
-
-def _systematic(weights: Tensor, n: int, seed: int) -> Tensor:
-    """Index of n frames by weight, (n,), sorted."""
-    u = torch.rand((), generator=as_generator(seed, weights.device, "starts"), dtype=torch.float64)
-    cumulative = weights.cumsum(0)
-    levels = (torch.arange(n) + u) / n
-    return torch.searchsorted(cumulative / cumulative[-1], levels).clamp(max=len(weights) - 1)

@@ -29,7 +29,7 @@ from bopito_inverse.inference.explore import CHAINS, DRAWS, Explored
 from bopito_inverse.inference.likelihood import Likelihood, Nuisance
 from bopito_inverse.inference.posterior import ess_bulk, estimate
 from bopito_inverse.inference.prediction import Prediction, as_observables
-from bopito_inverse.inference.prior import Prior
+from bopito_inverse.inference.prior import Levels, Prior
 from bopito_inverse.inference.problem import Problem
 from bopito_inverse.inference.result import Draws, FitResult, one_or_all
 from bopito_inverse.inference.status import judge, p_value
@@ -159,8 +159,9 @@ class _Fit:
     def run(self) -> FitResult:
         """The posterior."""
         family = (self.coordinate.low, self.coordinate.high)
-        if self.options.prior is not None:
-            _check_family(self.options.prior, self.coordinate)
+        prior = self.options.prior
+        if prior is not None and prior.on != "timescale":
+            Levels(prior, self.coordinate)  # refuses a prior with no mass before the work begins
         pilot = self._emulator(self.step, self._pilot_replicas, family, PILOT_NODES)
         _check_finite(pilot, self.design)
         first = self._problem(pilot)
@@ -400,13 +401,6 @@ def named_observables(
             )
         return {names[0]: obs}
     return as_observables(obs)
-
-
-def _check_family(prior: Prior, coordinate: Coordinate) -> None:
-    """Refuse a prior with no mass in the family before anything is computed."""
-    shortest = float(coordinate.n_int(np.array(coordinate.high)))
-    if prior.on == "n_int" and not prior.distribution.sf(shortest) > 0:
-        raise ValueError(f"prior must have mass at n_int above {shortest:g} frames, got none")
 
 
 def _check_finite(pilot: Emulator, design: Design) -> None:

@@ -306,11 +306,7 @@ def as_observables(obs: Correlation | Mapping[str, Correlation]) -> dict[str, Co
 
 
 def _resample(frames: Frames, n: int, seed: int) -> Tensor:
-    """Systematic resample of weighted frames in random order: each appears n w times, +-1."""
+    """Systematic resample of weighted frames in random order."""
     generator = as_generator(seed, frames.x.device, "starts")
-    u = torch.rand((), generator=generator, device=frames.x.device, dtype=torch.float64)
-    levels = (torch.arange(n, device=frames.x.device) + u) / n
-    cumulative = frames.weights.cumsum(0)
-    index = torch.searchsorted(cumulative / cumulative[-1], levels).clamp(max=len(frames) - 1)
-    order = torch.randperm(n, generator=generator, device=frames.x.device)
-    return frames.x[index[order]]
+    index = frames.systematic(n, generator)
+    return frames.x[index[torch.randperm(n, generator=generator, device=frames.x.device)]]

@@ -68,7 +68,7 @@ class Levels:
         self,
         prior: Prior | None,
         coordinate: Coordinate,
-        timescale: Callable[[np.ndarray], np.ndarray],
+        timescale: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         self._on = "u" if prior is None else prior.on
         self._distribution = (
@@ -79,6 +79,8 @@ class Levels:
         self._coordinate = coordinate
         self._u = np.linspace(coordinate.low, coordinate.high, TABLE)
         if self._on == "timescale":
+            if timescale is None:
+                raise ValueError("timescale must be given for a prior on it, got None")
             self._timescales = np.maximum.accumulate(timescale(self._u))
         low, high = self.of(np.array([coordinate.low, coordinate.high]))
         if not high > low:

@@ -225,10 +225,7 @@ class Rollout:
     @property
     def slower(self) -> bool:
         """Whether the step depends on n_int below N_max, and so can be slower than the data."""
-        return any(
-            move.n_int is None if isinstance(move, Interpolate) else getattr(move, "share", None)
-            for move in self.moves
-        )
+        return any(move.needs_n_int and not isinstance(move, Renoise) for move in self.moves)
 
     def step(self, model: nn.Module, y: Tensor, n_int: Tensor, normal: NormalDraw) -> Tensor:
         """One composite step of standardised frames (B, *event); `n_int` is () or (B,)."""

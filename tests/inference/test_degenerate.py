@@ -87,7 +87,7 @@ REFUSED = [
     ({"mask": np.zeros(5, bool)}, "mask must hold 5 booleans, at least one of them true"),
     ({"mask": [True]}, "mask must hold 5 booleans"),
     ({"mask": [1, 1, 1, 1, 0]}, "mask must hold 5 booleans"),
-    ({"prior": norm(-500, 0.1)}, "prior must have mass at n_int above 1 frames"),
+    ({"prior": norm(-500, 0.1)}, "prior must have mass in the family"),
     ({"prior": Prior(uniform(2, 1), "weight")}, "prior must have mass in the family"),
     ({"prior": Prior(uniform(9000, 1), "timescale")}, "prior must have mass in the family"),
     ({"prior": 3.0}, r"prior must be a frozen scipy\.stats distribution"),
