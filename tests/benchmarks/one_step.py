@@ -1,7 +1,7 @@
 """One step of a conditional score against the exact transition density, with no Monte Carlo.
 
-Starting frames x_0 are quantiles of mu and the noise is quantiles of N(0, 1), both randomly shifted:
-a rank grid over the two numbers that one step depends on in one dimension.
+Starting frames x_0 are quantiles of mu and the noise is quantiles of N(0, 1), both randomly
+shifted: a rank grid over the two numbers that one step depends on in one dimension.
 """
 
 import numpy as np
