@@ -1,7 +1,15 @@
 """Simulation of toy systems, enhanced sampling, and its reweighting to the unbiased equilibrium."""
 
-from bopito_inverse.simulate.enhanced import BiasedSamples, umbrella
+from bopito_inverse.simulate.enhanced import BiasedSamples, tempering, umbrella
 from bopito_inverse.simulate.langevin import langevin
 from bopito_inverse.simulate.reweight import Reweighting, mbar, mbar_weights
 
-__all__ = ["BiasedSamples", "Reweighting", "langevin", "mbar", "mbar_weights", "umbrella"]
+__all__ = [
+    "BiasedSamples",
+    "Reweighting",
+    "langevin",
+    "mbar",
+    "mbar_weights",
+    "tempering",
+    "umbrella",
+]

@@ -4,9 +4,22 @@ Window k samples `p_k(x) ~ exp(-(U(x) + b_k(x)) / kT)`. Umbrella sampling takes 
 
     b_k(x) = stiffness_k / 2 (x - c_k)^2
 
-with centres `c_k` along x. The matrix of reduced biases `b_k(x_n) / kT` of every frame in every
-window is all that reweighting needs (see `reweight`); files of harmonic windows hold centres and
-stiffnesses instead, and the matrix is computed when they are read.
+with centres `c_k` along x. Tempering takes thermal energies `kT_k`: `p_k(x) ~ exp(-U(x) / kT_k)` is
+the bias
+
+    b_k(x) / kT = U(x) (1 / kT_k - 1 / kT),
+
+and hot windows cross barriers for cold ones. After each frame, walkers at neighbouring temperatures
+exchange their positions with probability
+
+    min(1, exp((1 / kT_k - 1 / kT_l) (U(x_k) - U(x_l)))),
+
+which leaves every `p_k` what it is: replica exchange, Sugita and Okamoto (Chem. Phys. Lett. 314,
+141, 1999).
+
+The matrix of reduced biases `b_k(x_n) / kT` of every frame in every window is all that MBAR (Shirts
+and Chodera 2008) needs to give each frame its weight at kT, see `reweight`. Files of harmonic
+windows hold centres and stiffnesses instead, and the matrix is computed when they are read.
 """
 
 import os
@@ -25,10 +38,11 @@ from bopito_inverse.arguments import (
     as_generator,
     as_positive,
 )
-from bopito_inverse.datasets import read_npz, write_npz
+from bopito_inverse.datasets import Array, read_npz, write_npz
 from bopito_inverse.simulate.langevin import record
 from bopito_inverse.systems.potentials import Potential1D
 
+ENERGY_GRID = 4001  # points within the bounds, for the lowest energy
 LONGEST_STEP = 0.1  # stiffness * time_step / friction; beyond it Euler-Maruyama widens a window
 
 
@@ -199,18 +213,120 @@ def umbrella(
         ValueError: non-finite centres, stiffness not positive or too high for the time step, or
             n_frames no multiple of n_walkers.
     """
-    n_walkers, stride = as_count("n_walkers", n_walkers), as_count("stride", stride)
-    burn_in = as_count("burn_in", burn_in, minimum=0)
-    if as_count("n_frames", n_frames) % n_walkers:
-        raise ValueError(f"n_frames must be a multiple of n_walkers ({n_walkers}), got {n_frames}")
+    n_simulated = _frames_to_simulate(n_frames, n_walkers, burn_in, stride)
     target = as_device(device)
     c, k = (part.to(target) for part in _as_windows(system, centers, stiffness))
     centre, spring = (v.float().repeat_interleave(n_walkers)[:, None] for v in (c, k))
-    frames = centre.new_empty(len(centre), 1 + burn_in + stride * (n_frames // n_walkers), 1)
+    frames = centre.new_empty(len(centre), 1 + n_simulated, 1)
     generator = as_generator(seed, target, "umbrella")
     record(system, centre, frames, generator, bias=lambda x: spring * (centre - x))
     kept = frames[:, burn_in + stride :: stride].reshape(len(c), n_frames, 1)
     return BiasedSamples.harmonic(kept, c, k, system.kT, n_walkers, system.name)
+
+
+def tempering(
+    system: Potential1D,
+    kT: Sequence[float] | np.ndarray,
+    n_frames: int,
+    seed: Seed = 0,
+    n_walkers: int = 20,
+    burn_in: int = 50,
+    stride: int = 1,
+    starts: Array | None = None,
+    device: str | torch.device = "auto",
+) -> BiasedSamples:
+    """Sample a ladder of temperatures by replica exchange, all walkers in one batch.
+
+    Walker w of a temperature exchanges with walker w of the next one: even and odd pairs of
+    neighbours take turns, frame by frame. Beyond the bounds of the system the energy is that of its
+    force, which continues linearly there.
+
+    The biases know a frame by its energy alone, and so does the `ess` of `mbar`: wells of like
+    energy between which walkers rarely move do not show in it. Compare seeds, or other `starts`.
+
+    Args:
+        system: what moves.
+        kT: thermal energy of each window, increasing, `(n_windows,)`. Neighbours should be close
+            enough to overlap (`mbar` says so). `system.kT` need not be one of them, but the frames
+            weigh little where all of them are hotter.
+        n_frames: frames kept in each window, a multiple of `n_walkers`.
+        seed: integer or generator.
+        n_walkers: independent walkers in each window, `n_frames / n_walkers` frames each.
+        burn_in: frames of each walker left out at the start, to forget it.
+        stride: frames simulated for each one kept.
+        starts: where the walkers begin at every temperature, `(n_walkers, 1)`; by default all of
+            them at the lowest energy within the bounds.
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        ValueError: thermal energies that are not positive or do not increase, starts of another
+            shape, or n_frames no multiple of n_walkers.
+    """
+    n_simulated = _frames_to_simulate(n_frames, n_walkers, burn_in, stride)
+    target = as_device(device)
+    ladder = _as_ladder(kT).to(target)
+    grid = np.linspace(*system.bounds, ENERGY_GRID)
+    energy = system.energy(grid)
+    first = torch.tensor([[grid[energy.argmin()]]] * n_walkers) if starts is None else starts
+    x = as_frames("starts", first, system.event_shape, target)
+    if len(x) != n_walkers:
+        raise ValueError(
+            f"starts must hold one frame for each of {n_walkers} walkers, got {len(x)}"
+        )
+    generator = as_generator(seed, target, "tempering")
+    frames = x.new_empty(len(ladder), n_walkers, n_simulated, 1)
+    x, heat = x.repeat(len(ladder), 1), ladder.float().repeat_interleave(n_walkers)[:, None]
+    for i in range(n_simulated):
+        step = x.new_empty(len(x), 2, 1)
+        record(system, x, step, generator, kT=heat)
+        x = _exchange(system, step[:, 1].view(len(ladder), n_walkers), ladder, i % 2, generator)
+        frames[:, :, i] = x[..., None]
+        x = x.view(-1, 1)
+    kept = frames[:, :, burn_in + stride - 1 :: stride].reshape(len(ladder), n_frames, 1)
+    above = _energy(system, kept.flatten()) - energy.min()
+    bias = (1 / ladder - 1 / system.kT)[:, None] * above
+    return BiasedSamples(kept, bias, system.kT, n_walkers, system.name)
+
+
+def _exchange(
+    system: Potential1D, x: Tensor, kT: Tensor, first: int, generator: torch.Generator
+) -> Tensor:
+    """Positions `(n_windows, n_walkers)` after neighbours first, first + 2, ... tried to swap."""
+    lower = torch.arange(len(kT) - 1, device=x.device)[first::2]
+    u = _energy(system, x)
+    gain = (1 / kT[lower] - 1 / kT[lower + 1])[:, None] * (u[lower] - u[lower + 1])
+    chance = torch.rand(gain.shape, generator=generator, device=x.device, dtype=gain.dtype)
+    swapped = chance < gain.exp()
+    made = x.clone()
+    made[lower] = torch.where(swapped, x[lower + 1], x[lower])
+    made[lower + 1] = torch.where(swapped, x[lower], x[lower + 1])
+    return made
+
+
+def _energy(system: Potential1D, x: Tensor) -> Tensor:
+    """The energy in float64 whose force is that of the system, also beyond its bounds."""
+    inside = x.clamp(*system.bounds)
+    within = torch.from_numpy(system.energy(inside.cpu().numpy())).to(x.device)
+    return within - (x - inside).double() * (system.force(inside) + system.force(x)) / 2
+
+
+def _frames_to_simulate(n_frames: int, n_walkers: int, burn_in: int, stride: int) -> int:
+    """Frames of each walker, burn-in included; all counts checked."""
+    n_walkers, stride = as_count("n_walkers", n_walkers), as_count("stride", stride)
+    burn_in = as_count("burn_in", burn_in, minimum=0)
+    if as_count("n_frames", n_frames) % n_walkers:
+        raise ValueError(f"n_frames must be a multiple of n_walkers ({n_walkers}), got {n_frames}")
+    return burn_in + stride * (n_frames // n_walkers)
+
+
+def _as_ladder(kT: Sequence[float] | np.ndarray) -> Tensor:
+    """Thermal energies `(n_windows,)`, checked."""
+    ladder = np.asarray(kT, dtype=np.float64)
+    if ladder.ndim != 1 or len(ladder) == 0:
+        raise ValueError(f"kT must be a list of at least one thermal energy, got {kT!r}")
+    if not (np.isfinite(ladder) & (ladder > 0)).all() or (np.diff(ladder) <= 0).any():
+        raise ValueError(f"kT must hold positive thermal energies that increase, got {kT!r}")
+    return torch.from_numpy(ladder)
 
 
 def _as_windows(

@@ -91,17 +91,24 @@ def record(
     barrier: float | None = None,
     bias: Bias | None = None,
     on_frame: Callable[[], object] = lambda: None,
+    kT: Tensor | None = None,
 ) -> None:
-    """Fill `frames` `(n, n_frames, *event)`, frame 0 being `x_0` `(n, *event)`."""
+    """Fill `frames` `(n, n_frames, *event)`, frame 0 being `x_0` `(n, *event)`.
+
+    `kT`, `(n, 1)`, gives each walker a thermal energy of its own.
+    """
     step = _free_step(system, bias) if barrier is None else _walled_step(system, bias, barrier, x_0)
     noise = x_0.new_empty(NOISE_STEPS, *x_0.shape)
     scale = math.sqrt(2 * system.diffusion * system.time_step)
+    heat = None if kT is None else (kT / system.kT).sqrt()
     x = x_0.clone()
     frames[:, 0] = x
     for frame in range(1, frames.shape[1]):
         for start in range(0, system.steps_per_frame, NOISE_STEPS):
-            kicks = noise[: system.steps_per_frame - start]
-            for kick in kicks.normal_(0, scale, generator=generator):
+            kicks = noise[: system.steps_per_frame - start].normal_(0, scale, generator=generator)
+            if heat is not None:
+                kicks *= heat
+            for kick in kicks:
                 step(x, kick)
         frames[:, frame] = x
         on_frame()

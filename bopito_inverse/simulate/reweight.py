@@ -11,7 +11,7 @@ that their errors hold for correlated frames; the weights are for all frames. Th
 windows is `O_kl = int p_k p_l / (p_k + p_l) dx`, between 0 and 1/2: the element of the overlap
 matrix of Klimovich, Shirts and Mobley (J. Comput. Aided Mol. Des. 29, 397, 2015) for these two
 windows alone, who advise at least 0.03 between neighbours. Neighbours are joined by the maximum
-spanning tree of O, which is the sequence of centres in one dimension.
+spanning tree of O, which is the sequence of centres, or of temperatures, in one dimension.
 """
 
 import logging
