@@ -180,10 +180,14 @@ class Frames:
         levels = (torch.arange(n, device=device) + u) / n
         return torch.searchsorted(self._cumulative, levels).clamp(max=len(self) - 1)
 
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """Index of n frames drawn with replacement by weight, (n,)."""
+        u = torch.rand(n, dtype=torch.float64, device=self.x.device, generator=generator)
+        return torch.searchsorted(self._cumulative, u, right=True)
+
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw `n` frames with replacement by weight, `(n, *event)`, on the device of the data."""
-        u = torch.rand(n, dtype=torch.float64, device=self.x.device, generator=generator)
-        return self.x.index_select(0, torch.searchsorted(self._cumulative, u, right=True))
+        return self.x.index_select(0, self.draw(n, generator))
 
     def mean(self) -> Tensor:
         """Weighted mean of each component of a frame, shape `event`."""

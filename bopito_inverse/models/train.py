@@ -8,6 +8,15 @@ which is the squared error of the velocity alpha eps - sigma y (see `scores`). T
 score sees frames drawn by weight, the dynamic scores see lagged pairs with their lag. s_eq is
 frozen while s_dyn trains (Viguera Diez et al., arXiv 2410.10605, algorithm 1). Times t are
 stratified over the batch, and what is returned is the exponential moving average of the parameters.
+
+Where the force field is known, g = -grad U / kT of each frame (standardised, so times the scale)
+is the score of mu itself, and the noised score is E[g | x_t] / alpha: target score matching (De
+Bortoli et al., arXiv 2402.08667). Its target -(sigma / alpha) g is sharp at low noise, where that
+of denoising is not, and the other way round. Both have the same mean, and so has
+
+    (1 - c) eps - c (sigma / alpha) g,    c = 1 / (1 + E[g^2] sigma^2 / alpha^2),
+
+which has no variance at all in a harmonic well.
 """
 
 import copy
@@ -66,6 +75,7 @@ def train_equilibrium(
     folder: str | Path | None = None,
     device: Device | str = "auto",
     progress: bool = False,
+    forces: Array | None = None,
 ) -> EquilibriumScore:
     """Train s_eq on equilibrium frames.
 
@@ -78,10 +88,13 @@ def train_equilibrium(
             killed goes on from there when called again, and a finished one is not repeated.
         device: `auto`, `cpu` or `cuda`.
         progress: show a progress bar.
+        forces: -grad U / kT at each frame (n, *event), in inverse data units: target score
+            matching at low noise. It makes the shape of each well right, from few frames or wrongly
+            weighted ones; how many frames are in which well still comes from frames and weights.
 
     Raises:
-        ValueError: NaN or infinite frames, weights that do not fit, unknown device, or a folder
-            that holds a run with other settings or data.
+        ValueError: NaN or infinite frames, weights or forces that do not fit, unknown device, or a
+            folder that holds a run with other settings or data.
     """
     if isinstance(frames, Frames):
         if weights is not None:
@@ -95,11 +108,21 @@ def train_equilibrium(
     scaling = _scaling_of(data)
     score = _build(EquilibriumScore, data.event_shape, config, VPSchedule(), scaling, seed)
 
-    def loss(score: nn.Module, generator: torch.Generator) -> Tensor:
-        x = data.sample(config.batch_size, generator)
-        return _velocity_loss(score, x, (), generator)
+    known = [data.x, data.weights]
+    g = stiffness = data.x.new_empty(0)
+    if forces is not None:
+        g = as_frames("forces", forces, data.event_shape, target) * scaling.scale.to(target)
+        if len(g) != len(data):
+            raise ValueError(f"forces must be as many as frames ({len(data)}), got {len(g)}")
+        known.append(g)
+        stiffness = (data.weights @ g.double().square().flatten(1).mean(1)).float()
 
-    source = {"data": _digest(data.x, data.weights)} if folder is not None else {}
+    def loss(score: nn.Module, generator: torch.Generator) -> Tensor:
+        drawn = data.draw(config.batch_size, generator)
+        force = None if forces is None else (g[drawn], stiffness)
+        return _velocity_loss(score, data.x[drawn], (), generator, force)
+
+    source = {"data": _digest(*known)} if folder is not None else {}
     return _optimise(score, loss, config, seed, target, folder, progress, source)
 
 
@@ -185,8 +208,13 @@ def _train_on_pairs(
 
 
 def _velocity_loss(
-    score: nn.Module, x: Tensor, condition: Batch, generator: torch.Generator
+    score: nn.Module,
+    x: Tensor,
+    condition: Batch,
+    generator: torch.Generator,
+    force: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
+    """Squared error of the velocity; `force` is g of each frame, (B, *event), and E[g^2], ()."""
     y = score.scaling.standardise(x)  # type: ignore[union-attr, operator]
     noise: VPSchedule = score.noise  # type: ignore[assignment]
     offsets = torch.rand(len(y), generator=generator, device=y.device)
@@ -194,7 +222,12 @@ def _velocity_loss(
     eps = torch.randn(y.shape, generator=generator, device=y.device)
     alpha, sigma = per_replica(noise.alpha(t), y), per_replica(noise.sigma(t), y)
     eps_hat = score(alpha * y + sigma * eps, t, *condition)
-    return ((eps - eps_hat) / alpha).square().mean()
+    if force is None:
+        return ((eps - eps_hat) / alpha).square().mean()
+    g, stiffness = force
+    ratio = sigma / alpha
+    c = 1 / (1 + stiffness * ratio.square())
+    return (((1 - c) * eps - c * ratio * g - eps_hat) / alpha).square().mean()
 
 
 def _build(

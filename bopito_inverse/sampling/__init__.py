@@ -1,5 +1,6 @@
 """Sampling: solvers of the reverse diffusion, composite steps, trajectories."""
 
+from bopito_inverse.sampling.boltzmann import generate, importance_sample, log_likelihood
 from bopito_inverse.sampling.rollout import (
     Interpolate,
     Normal,
@@ -20,6 +21,9 @@ __all__ = [
     "Propagate",
     "Renoise",
     "Rollout",
+    "generate",
+    "importance_sample",
+    "log_likelihood",
     "renoising_step",
     "sample",
 ]

@@ -416,3 +416,48 @@ def test_unknown_option_and_device() -> None:
         TrainingConfig(learningrate=1e-3)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="device must be 'auto', 'cpu' or 'cuda', got 'tpu'"):
         train_equilibrium(torch.randn(10, 1), config=TINY, device="tpu")
+
+
+def test_forces_make_few_frames_enough() -> None:
+    """30 frames of N(0, 1): the score of denoising follows the frames, with forces it is right."""
+    x = torch.randn(30, 1, generator=generator(5))
+    config = TrainingConfig(steps=400, batch_size=512, network=SMALL)
+    t = torch.linspace(0.02, 0.5, 20)
+    y = torch.linspace(-1.5, 1.5, 20)[:, None]
+    errors = []
+    for forces in (None, -x):
+        score = train_equilibrium(x, config=config, forces=forces)
+        truth = torch.stack([gaussian_eps(score, y, at, 0.0, 1.0) for at in t])
+        with torch.no_grad():
+            made = torch.stack([score(y, at) for at in t])
+        errors.append(float((made - truth).square().mean().sqrt()))
+    assert errors[1] < 0.02 < errors[0] / 2
+
+
+def test_forces_do_not_change_the_minimum() -> None:
+    """Both targets have the same mean given x_t: with many frames they give the same score."""
+    x = 0.5 * torch.randn(50_000, 2, generator=generator(5))
+    config = TrainingConfig(steps=300, batch_size=1024, network=SMALL)
+    y, t = torch.randn(200, 2, generator=generator(6)), torch.linspace(0.1, 0.9, 200)
+    made = [train_equilibrium(x, config=config, forces=f)(y, t) for f in (None, -x / 0.25)]
+    torch.testing.assert_close(*made, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("forces", "message"),
+    [
+        (torch.zeros(9, 1), r"forces must be as many as frames \(10\), got 9"),
+        (torch.zeros(10, 2), r"forces must hold frames of shape \(1,\)"),
+        (torch.full((10, 1), torch.nan), "forces must be finite"),
+    ],
+)
+def test_forces_that_do_not_fit(forces: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train_equilibrium(torch.randn(10, 1, generator=generator()), config=TINY, forces=forces)
+
+
+def test_a_folder_knows_the_forces(tmp_path: Path) -> None:
+    x = torch.randn(10, 1, generator=generator())
+    train_equilibrium(x, config=TINY, forces=-x, folder=tmp_path)
+    with pytest.raises(ValueError, match="other settings: data"):
+        train_equilibrium(x, config=TINY, forces=-2 * x, folder=tmp_path)
