@@ -13,10 +13,8 @@ Writes data/results/calibration.json and calibration.png.
 """
 
 import json
-import os
 import sys
 import time
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,6 +22,7 @@ import torch
 from scipy.stats import binom, chisquare, uniform
 
 import bopito_inverse as bi
+import results
 from bopito_inverse.diagnostics import calibrate
 from bopito_inverse.diagnostics.calibration import LEVELS, Calibration
 from bopito_inverse.inference import Prior
@@ -31,8 +30,7 @@ from bopito_inverse.plots import STYLE
 from bopito_inverse.sampling import DPMSolver, renoising_step
 from bopito_inverse.systems import Prinz, TransferOperator
 
-DATA = Path(__file__).resolve().parents[2] / "data"
-OUT = DATA / "results" / "calibration.json"
+OUT = results.RESULTS / "calibration.json"
 SEED, GRID, LAG_MAX, LAMBDA_HAT = 0, 80, 50, 0.99
 N_EXPERIMENTS, N_REPLICAS, TRUTH_REPLICAS, EVALUATIONS = 100, 1024, 32768, 6
 SIGMAS, TRAINED_SIGMA = (0.01, 0.03, 0.1), 0.02
@@ -87,7 +85,7 @@ def main() -> None:
     torch.set_num_threads(1)
     processes = int(sys.argv[1]) if len(sys.argv) > 1 else 2
     exact = exact_model()
-    trained = bi.Interpolator(bi.models.load(DATA / "prinz" / "bopito.safetensors"))
+    trained = bi.Interpolator(bi.models.load(results.DATA / "prinz" / "bopito.safetensors"))
     cases = {f"exact scores, sigma {sigma:g}": (exact, sigma, {}) for sigma in SIGMAS}
     cases[f"trained model, sigma {TRAINED_SIGMA:g}"] = (trained, TRAINED_SIGMA, {})
     cases["control: noise twice sigma 0.1"] = (exact, 0.1, {"noise_scale": 2.0})
@@ -110,16 +108,9 @@ def write(made: dict[str, Calibration], seconds: dict[str, int]) -> None:
         "truth_replicas": TRUTH_REPLICAS,
         "prior": "weight uniform in [0.2, 0.98]",
     }
-    versions = {"bopito_inverse": bi.__version__, "torch": torch.__version__}
-    about = {
-        "settings": settings,
-        "versions": versions,
-        "machine": f"{os.cpu_count()} cores, no GPU",
-    }
     cases = {name: one.summary() | {"seconds": seconds[name]} for name, one in made.items()}
-    OUT.parent.mkdir(exist_ok=True)
-    text = json.dumps(about | {"together": together(made), "cases": cases}, indent=1)
-    OUT.write_text(text + "\n")
+    found = {"settings": settings, "together": together(made), "cases": cases}
+    results.write("calibration", SEED, found)
 
 
 def ranks(made: dict[str, Calibration], quantity: str) -> np.ndarray:

@@ -10,19 +10,18 @@ slowest timescale, and the exact correlations of x > 0 and x^2 at the same lags,
 the 94 % intervals. Writes data/results/coverage.json.
 """
 
-import json
 import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import torch
 
 import bopito_inverse as bi
+import results
 from bopito_inverse.inference.explore import Explored
 from bopito_inverse.inference.posterior import estimate
 from bopito_inverse.inference.problem import Problem
@@ -30,7 +29,6 @@ from bopito_inverse.inference.timescale import timescale
 from bopito_inverse.sampling import renoising_step
 from bopito_inverse.systems import DoubleWell, Potential1D, Prinz, TransferOperator, TripleWell
 
-OUT = Path(__file__).resolve().parents[2] / "data" / "results" / "coverage.json"
 CASES, SEED, GRID, N_LAGS, LEVEL = 48, 2026, 120, 6, 0.94
 TRUSTED = ("ok", "mc_limited")
 KINDS = ("missing", "short", "rates", "force field")
@@ -214,22 +212,8 @@ def main() -> None:
         print(f"\n{label} the discrepancy term")
         for kind, entry in table.items():
             print(f"  {kind:12s}", {k: v if v is None else round(v, 3) for k, v in entry.items()})
-    OUT.write_text(
-        json.dumps(
-            {
-                "command": "python tests/benchmarks/bench_coverage.py",
-                "version": bi.__version__,
-                "seed": SEED,
-                "n_replicas": n_replicas,
-                "machine": f"{workers} cores",
-                "level": LEVEL,
-                "coverage": tables,
-                "cases": rows,
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+    found = {"n_replicas": n_replicas, "level": LEVEL, "coverage": tables, "cases": rows}
+    results.write("coverage", SEED, found)
 
 
 if __name__ == "__main__":

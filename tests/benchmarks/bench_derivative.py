@@ -12,21 +12,18 @@ through the whole rollout is the control. Writes data/results/derivative.json.
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 import bopito_inverse as bi
+import results
 from bopito_inverse.sampling import DPMSolver, Interpolate, Propagate, Rollout
 from bopito_inverse.systems import Prinz, TransferOperator
 
-OUT = Path(__file__).resolve().parents[2] / "data" / "results" / "derivative.json"
 SEED, GRID, LAG_MAX, LAMBDA_HAT, STEP_LAG = 0, 300, 50, 0.99, 100
 WIDTHS = (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)
 SIZES = [(10, 1), (50, 1), (200, 1), (10, 10), (50, 10), (200, 10)]  # evaluations, composite steps
@@ -143,14 +140,9 @@ def main() -> None:
         "cost_network": cost(network_model()),
         "cost_exact": cost(exact_model()),
         "errors": errors(),
-        "seed": SEED,
-        "version": bi.__version__,
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
     print({key: made[key] for key in ("peak_ratio", "cost_network", "cost_exact")})
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps(made, indent=2) + "\n")
+    results.write("derivative", SEED, made)
     if made["peak_ratio"] > FLAT:
         sys.exit(f"peak memory varies by a factor {made['peak_ratio']:.2f}, expected {FLAT}")
 

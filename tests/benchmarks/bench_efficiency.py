@@ -13,26 +13,25 @@ Writes data/results/efficiency.json.
 """
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 
 import bopito_inverse as bi
+import results
 from bopito_inverse.sampling import DPMSolver, renoising_step
 from bopito_inverse.systems import OrnsteinUhlenbeck, TransferOperator
 
-DATA = Path(__file__).resolve().parents[2] / "data"
 SEED, RESAMPLES = 0, 200
 
 
 def demo() -> dict:
     """The default budget against the Cramer-Rao bound."""
-    model = bi.Interpolator(bi.models.load(DATA / "prinz" / "bopito.safetensors"))
-    frames = bi.datasets.Frames.read(DATA / "prinz" / "equilibrium.npz")
-    exp = bi.observables.Experiment.read(DATA / "prinz" / "experiment.csv")
+    prinz = results.DATA / "prinz"
+    model = bi.Interpolator(bi.models.load(prinz / "bopito.safetensors"))
+    frames = bi.datasets.Frames.read(prinz / "equilibrium.npz")
+    exp = bi.observables.Experiment.read(prinz / "experiment.csv")
     obs = bi.observables.Correlation(lambda x: x, normalization="variance")
     step = renoising_step(model.lag_max, 100)
     rows = {}
@@ -101,15 +100,8 @@ def against_resampling(n_replicas: int = 1024) -> dict:
 
 
 def main() -> None:
-    record = {
-        "command": "python tests/benchmarks/bench_efficiency.py",
-        "version": bi.__version__,
-        "seed": SEED,
-        "machine": f"{os.cpu_count()} cores, no GPU",
-        "against_resampling": against_resampling(),
-        "demo": demo(),
-    }
-    (DATA / "results" / "efficiency.json").write_text(json.dumps(record, indent=1) + "\n")
+    found = {"against_resampling": against_resampling(), "demo": demo()}
+    results.write("efficiency", SEED, found)
 
 
 if __name__ == "__main__":

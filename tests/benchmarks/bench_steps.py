@@ -22,9 +22,6 @@ Writes data/results/steps.json and steps.png. The matrices are checked against t
 of the shipped model also against a Monte Carlo rollout.
 """
 
-import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -39,14 +36,13 @@ from scipy.special import ndtr
 from torch import Tensor
 
 import bopito_inverse as bi
+import results
 from bopito_inverse.noise import per_replica
 from bopito_inverse.sampling import Interpolate, Normal, Propagate, Renoise, Rollout, renoising_step
 from bopito_inverse.sampling.rollout import Move
 from bopito_inverse.sampling.solvers import standard_normal_quantiles
 from bopito_inverse.systems import DoubleWell, Potential1D, Prinz, TransferOperator, TripleWell
 
-DATA = Path(__file__).resolve().parents[2] / "data"
-OUT = DATA / "results" / "steps.json"
 SEED, GRID, QUANTILES, LAMBDA_HAT = 0, 200, 64, 0.99
 FITTED, HELD_OUT = 8, 15  # composite steps
 SLOWER = np.linspace(-0.9, 0, 6)  # nodes of n_int / N_max - 1
@@ -133,7 +129,7 @@ class Trained(Case):
 
     @cached_property
     def model(self) -> bi.Interpolator:
-        return bi.Interpolator(bi.models.load(DATA / "prinz" / "bopito.safetensors"))
+        return bi.Interpolator(bi.models.load(results.DATA / "prinz" / "bopito.safetensors"))
 
     def relax(self, lag: float) -> np.ndarray:
         return self.moved(Propagate(lag), 1.0, 1.0)
@@ -360,7 +356,7 @@ def checked(case: Case) -> dict[str, float]:
 def trained() -> dict:
     """The shipped model, fitted to the exact correlation and to the experiment of the demo."""
     case = Trained()
-    experiment = bi.observables.Experiment.read(DATA / "prinz" / "experiment.csv")
+    experiment = bi.observables.Experiment.read(results.DATA / "prinz" / "experiment.csv")
     print("\nshipped model, exact correlation")
     made = {"exact correlation": compare(case, exact_correlation(case, case.x, FITTED))}
     print("shipped model, experiment of the demo")
@@ -471,18 +467,10 @@ def main() -> None:
     print("\nall cases")
     made["summary"] = summarised(made["cases"])
     made["trained"] = trained()
-    made |= {
-        "distance_to_the_moves": checks,
-        "seconds": time.perf_counter() - clock,
-        "seed": SEED,
-        "version": bi.__version__,
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps(made, indent=2) + "\n")
+    made |= {"distance_to_the_moves": checks, "seconds": time.perf_counter() - clock}
+    results.write("steps", SEED, made)
     rows = made["cases"] | {"shipped model, N 50, Delta 100": made["trained"]["exact correlation"]}
-    draw(rows, OUT.with_suffix(".png"))
+    draw(rows, results.RESULTS / "steps.png")
 
 
 if __name__ == "__main__":
