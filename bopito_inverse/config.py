@@ -150,10 +150,11 @@ class ReweightSection(_Section):
 
 
 class TrainSection(_Section):
-    """`[train]`: both scores."""
+    """`[train]`: both scores; with `forces`, s_eq learns from the force field, too."""
 
     lag_max: int = Field(ge=1)
     lambda_hat: float = Field(gt=0, lt=1)
+    forces: bool = False
     equilibrium: TrainingConfig = TrainingConfig()
     dynamic: TrainingConfig = TrainingConfig()
 

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from bopito_inverse.config import Config
-from bopito_inverse.stages import Job, needed
+from bopito_inverse import models
+from bopito_inverse.config import Config, SystemSection
+from bopito_inverse.datasets import Frames, Trajectories
+from bopito_inverse.stages import Job, needed, train
 from bopito_inverse.stages.comparison import bins, total_variation
 from bopito_inverse.stages.verbs import PURPOSES, _seed
 from bopito_inverse.systems import OrnsteinUhlenbeck, TransferOperator
@@ -59,6 +61,40 @@ def test_a_run_leaves_out_what_data_provides(tmp_path: Path, data: str, verbs: l
     assert needed(read(tmp_path, f"[data]\n{data}\n")) == verbs
     measured = f'[data]\n{data}\n[experiment]\nfile = "x.csv"\n'
     assert needed(read(tmp_path, measured)) == [*verbs[:-1], "fit", "sample"]
+
+
+@pytest.mark.parametrize("forces", [True, False])
+def test_s_eq_learns_from_forces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forces: bool
+) -> None:
+    x = torch.linspace(-1, 1, 20)[:, None]
+    Frames(x).write(tmp_path / "frames.npz")
+    Trajectories([x, x], 0.05).write(tmp_path / "trajectories.npz")
+    config = read(
+        tmp_path,
+        f"""[train]
+lag_max = 5
+lambda_hat = 0.9
+forces = {str(forces).lower()}
+[data]
+trajectories = "trajectories.npz"
+frames = "frames.npz"
+""",
+    ).model_copy(update={"output": tmp_path, "system": SystemSection(name="OrnsteinUhlenbeck")})
+
+    class Asked(Exception):
+        pass
+
+    def ask(frames: Frames, **options: object) -> None:
+        raise Asked(options["forces"])
+
+    monkeypatch.setattr(models, "train_equilibrium", ask)
+    with pytest.raises(Asked) as asked:
+        train(config)
+    if forces:  # -dU/dx of x^2 / 2
+        torch.testing.assert_close(asked.value.args[0], -x, atol=1e-4, rtol=0)
+    else:
+        assert asked.value.args[0] is None
 
 
 def test_a_job_that_failed_is_made_again(tmp_path: Path) -> None:

@@ -141,6 +141,7 @@ def train(config: Config, say: Say = silent, progress: bool = False) -> None:
     """
     section = config.section("train")
     trajectories, frames = inputs.read_pairs(config), inputs.read_frames(config)
+    system = config.system.build()
 
     def make(folder: Path) -> None:
         common: dict[str, Any] = {"device": config.device, "progress": progress}
@@ -149,6 +150,7 @@ def train(config: Config, say: Say = silent, progress: bool = False) -> None:
             config=section.equilibrium,
             seed=_seed(config, "equilibrium"),
             folder=folder / "equilibrium",
+            forces=system.force(frames.x) / system.kT if section.forces else None,
             **common,
         )
         _save(config, s_eq, folder / "equilibrium.safetensors")
