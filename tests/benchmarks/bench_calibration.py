@@ -18,11 +18,11 @@ import time
 
 import matplotlib.pyplot as plt
 import numpy as np
+import results
 import torch
 from scipy.stats import binom, chisquare, uniform
 
 import bopito_inverse as bi
-import results
 from bopito_inverse.diagnostics import calibrate
 from bopito_inverse.diagnostics.calibration import LEVELS, Calibration
 from bopito_inverse.inference import Prior

@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 
 import numpy as np
+import results
 import torch
 
 import bopito_inverse as bi
-import results
 from bopito_inverse.inference.explore import Explored
 from bopito_inverse.inference.posterior import estimate
 from bopito_inverse.inference.problem import Problem

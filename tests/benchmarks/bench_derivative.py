@@ -17,10 +17,10 @@ import subprocess
 import sys
 import time
 
+import results
 import torch
 
 import bopito_inverse as bi
-import results
 from bopito_inverse.sampling import DPMSolver, Interpolate, Propagate, Rollout
 from bopito_inverse.systems import Prinz, TransferOperator
 

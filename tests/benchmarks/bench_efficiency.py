@@ -15,11 +15,11 @@ Writes data/results/efficiency.json.
 import json
 
 import numpy as np
+import results
 import torch
 from scipy.optimize import minimize_scalar
 
 import bopito_inverse as bi
-import results
 from bopito_inverse.sampling import DPMSolver, renoising_step
 from bopito_inverse.systems import OrnsteinUhlenbeck, TransferOperator
 

@@ -30,13 +30,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import results
 import torch
 from scipy.interpolate import CubicSpline
 from scipy.special import ndtr
 from torch import Tensor
 
 import bopito_inverse as bi
-import results
 from bopito_inverse.noise import per_replica
 from bopito_inverse.sampling import Interpolate, Normal, Propagate, Renoise, Rollout, renoising_step
 from bopito_inverse.sampling.rollout import Move
