@@ -1,4 +1,4 @@
-"""Time-correlation functions of a model, and the measured ones that it is compared with."""
+"""Correlation functions and slowest relaxation of trajectories; measured correlation functions."""
 
 from bopito_inverse.observables.correlations import (
     NORMALIZATIONS,
@@ -7,6 +7,7 @@ from bopito_inverse.observables.correlations import (
     Observable,
 )
 from bopito_inverse.observables.experiment import LAG_UNITS, Experiment
+from bopito_inverse.observables.relaxation import ImpliedTimescale, implied_timescale
 
 __all__ = [
     "LAG_UNITS",
@@ -14,5 +15,7 @@ __all__ = [
     "Correlation",
     "CorrelationSamples",
     "Experiment",
+    "ImpliedTimescale",
     "Observable",
+    "implied_timescale",
 ]
