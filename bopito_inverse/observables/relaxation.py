@@ -30,7 +30,8 @@ from bopito_inverse.datasets import Array, Trajectories
 from bopito_inverse.observables.correlations import Observable
 
 N_KNOTS = 32
-GROWS = 1.4  # of a timescale when the lag is doubled; proportional growth is 2
+SETTLED = 1.25  # largest ratio of timescales at a lag and half of it, either way
+GROWS = 1.4  # a ratio that makes one doubt the relaxation; it is 2 where there is none
 UNRELAXED = 0.5  # above, a lambda_2 that stays what it is belongs to a process, below to noise
 RELAXED = 0.05  # below, a timescale is shorter than a third of the lag
 OVERLAP = 0.5  # smallest overlap of left and right eigenfunctions that is believed
@@ -40,7 +41,7 @@ ONE_SIDED = 1.645  # standard errors to a 95 % bound
 FRAMES_PER_CHUNK = 65_536
 LARGEST_SAMPLE = 100_000  # numbers that quantiles are taken of
 
-Status = Literal["ok", "short_lag", "not_seen", "unresolved"]
+Status = Literal["ok", "unsettled", "not_seen", "unresolved"]
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ class ImpliedTimescale:
         at_half_lag: the estimate at half the lag.
         eigenvalue: lambda_2 at `lag`.
         lag: lag in frames.
-        status: `ok`; `short_lag` where the estimate still grows with the lag; `not_seen` where
-            lambda_2 cannot be told from one, or does not fall as the lag grows; `unresolved` where
-            the process is over within the lag, or lost in noise.
+        status: `ok`; `unsettled` where the estimate differs much from that at half the lag;
+            `not_seen` where lambda_2 cannot be told from one, or does not fall as the lag grows;
+            `unresolved` where the process is over within the lag, or lost in noise.
     """
 
     value: float
@@ -86,8 +87,8 @@ class ImpliedTimescale:
             f"the slowest timescale is {self.value:.4g}{error} frames at lag {self.lag} "
             f"({self.at_half_lag:.4g} at half the lag)"
         )
-        if self.status == "short_lag":
-            return f"{found}: it has not levelled off, take a longer lag or more trajectories"
+        if self.status == "unsettled":
+            return f"{found}: it has not levelled off, try other lags or take more trajectories"
         return found
 
     def __str__(self) -> str:
@@ -124,7 +125,8 @@ def implied_timescale(
     relaxation is seen where lambda_2 is below one by more than two standard errors, and, where the
     estimate still grows with the lag, falls by as much from half the lag to the whole lag: what
     has decayed at once and does not decay further is the error of the basis. Standard errors need
-    some twenty trajectories to be believed.
+    some twenty trajectories to be believed, and a lag well below the length of trajectories that
+    start alike.
 
     Args:
         trajectories: independent of each other, of any lengths; two or more for an error. They
@@ -254,7 +256,7 @@ def _conclude(
     """The timescale from lambda_2 at half the lag and at the whole lag."""
     error = _standard_error(influence)
     value, at_half = float(timescale(whole, lag)), float(timescale(half, lag // 2))
-    lower = float(timescale(whole - ONE_SIDED * error, lag))
+    lower = float(timescale(whole.clamp(max=1.0) - ONE_SIDED * error, lag))
     spread = value**2 / lag / float(whole) * float(error) if 0 < value < math.inf else math.inf
     fall = half.log() - whole.log()  # NaN where one is below zero, which no comparison passes
     falls = bool(fall > SEEN * _standard_error(half_influence / half - influence / whole))
@@ -266,7 +268,7 @@ def _conclude(
     elif whole < RELAXED or (known and whole < SEEN * error) or idle:
         status = "unresolved"
     else:
-        status = "short_lag" if grows else "ok"
+        status = "ok" if max(value, at_half) <= SETTLED * min(value, at_half) else "unsettled"
     return ImpliedTimescale(value, spread, lower, at_half, float(whole), lag, status)
 
 

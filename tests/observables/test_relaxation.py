@@ -88,7 +88,9 @@ def test_reported_error_is_the_spread_over_repetitions() -> None:
     spread, error = np.std([f.value for f in found]), np.mean([f.error for f in found])
     assert spread == pytest.approx(error, rel=0.35)
     truth = TransferOperator(WELLS).timescales[0]
-    assert np.mean([f.lower < truth for f in found]) > 0.85, np.mean([f.lower < truth for f in found])
+    assert np.mean([f.lower < truth for f in found]) > 0.85, np.mean(
+        [f.lower < truth for f in found]
+    )
 
 
 def test_a_barrier_that_is_never_crossed_shows_no_relaxation() -> None:
@@ -104,7 +106,16 @@ def test_an_estimate_that_grows_with_the_lag_is_not_ok() -> None:
     starts = torch.linspace(-1.2, 1.2, 1000)[:, None]
     found = implied_timescale(simulated(WELLS, starts, 100, barrier=0.1), lag=8)
     assert found.status != "ok"
-    assert "longer lag" in str(found)
+    assert "lag" in str(found)
+
+
+def test_an_estimate_that_differs_from_half_the_lag_is_not_ok() -> None:
+    """At lag 27 of 30 frames, those that the lag starts from are all near the common start."""
+    trajectories = simulated(WELLS, torch.full((3000, 1), 1.0), 30)
+    assert implied_timescale(trajectories, lag=10).status == "ok"
+    found = implied_timescale(trajectories, lag=27)
+    assert found.status == "unsettled", found
+    assert "has not levelled off" in str(found)
 
 
 def test_independent_frames_have_no_timescale() -> None:
