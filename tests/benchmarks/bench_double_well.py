@@ -41,8 +41,7 @@ the 94 % interval and a total variation of at most 0.03, for each of the ten see
 holds T of the simulation for more than a twentieth of its length meets the second one.
 
 Results that are there already are kept in results/double_well; without that folder all is made
-anew. Writes data/results/double_well.json
-and double_well.png.
+anew. Writes data/results/double_well.json and double_well.png.
 """
 
 import argparse
@@ -56,6 +55,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import results
 import torch
 from double_well import (
     EXPERIMENT,
@@ -91,7 +91,6 @@ from tabulated import Tabulated
 from torch import Tensor
 
 import bopito_inverse as bi
-import results
 from bopito_inverse import plots
 from bopito_inverse.models import NetworkConfig, TrainingConfig
 from bopito_inverse.sampling import DPMSolver, Renoise, Rollout
