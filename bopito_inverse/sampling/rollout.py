@@ -270,6 +270,12 @@ def renoising_step(
             in the trained model is less than some three times that of the experiment), take
             `step_lag` (`tests/benchmarks/bench_steps.py`).
 
+    Where the simulation has the wrong equilibrium (another force field, another temperature), T
+    does not leave mu invariant, and below N_max the step is the simulation with a slower clock.
+    `Rollout([Renoise()], step_lag)` with a short `step_lag` then mends both: for w near one, R is a
+    step of overdamped Langevin dynamics in mu. It takes nothing from the trajectories
+    (`tests/benchmarks/bench_double_well.py`).
+
     >>> renoising_step(lag_max=50, step_lag=100)
     Rollout([Propagate(share=0.5), Renoise(), Propagate(share=0.5)], step_lag=100, ...)
     """
