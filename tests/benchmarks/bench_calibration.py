@@ -18,7 +18,7 @@ import time
 
 import matplotlib.pyplot as plt
 import numpy as np
-import results
+import store
 import torch
 from scipy.stats import binom, chisquare, uniform
 
@@ -30,7 +30,7 @@ from bopito_inverse.plots import STYLE
 from bopito_inverse.sampling import DPMSolver, renoising_step
 from bopito_inverse.systems import Prinz, TransferOperator
 
-OUT = results.RESULTS / "calibration.json"
+OUT = store.RESULTS / "calibration.json"
 SEED, GRID, LAG_MAX, LAMBDA_HAT = 0, 80, 50, 0.99
 N_EXPERIMENTS, N_REPLICAS, TRUTH_REPLICAS, EVALUATIONS = 100, 1024, 32768, 6
 SIGMAS, TRAINED_SIGMA = (0.01, 0.03, 0.1), 0.02
@@ -85,7 +85,7 @@ def main() -> None:
     torch.set_num_threads(1)
     processes = int(sys.argv[1]) if len(sys.argv) > 1 else 2
     exact = exact_model()
-    trained = bi.Interpolator(bi.models.load(results.DATA / "prinz" / "bopito.safetensors"))
+    trained = bi.Interpolator(bi.models.load(store.DATA / "prinz" / "bopito.safetensors"))
     cases = {f"exact scores, sigma {sigma:g}": (exact, sigma, {}) for sigma in SIGMAS}
     cases[f"trained model, sigma {TRAINED_SIGMA:g}"] = (trained, TRAINED_SIGMA, {})
     cases["control: noise twice sigma 0.1"] = (exact, 0.1, {"noise_scale": 2.0})
@@ -110,7 +110,7 @@ def write(made: dict[str, Calibration], seconds: dict[str, int]) -> None:
     }
     cases = {name: one.summary() | {"seconds": seconds[name]} for name, one in made.items()}
     found = {"settings": settings, "together": together(made), "cases": cases}
-    results.write("calibration", SEED, found)
+    store.write("calibration", SEED, found)
 
 
 def ranks(made: dict[str, Calibration], quantity: str) -> np.ndarray:

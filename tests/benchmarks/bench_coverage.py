@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 
 import numpy as np
-import results
+import store
 import torch
 
 import bopito_inverse as bi
@@ -213,7 +213,7 @@ def main() -> None:
         for kind, entry in table.items():
             print(f"  {kind:12s}", {k: v if v is None else round(v, 3) for k, v in entry.items()})
     found = {"n_replicas": n_replicas, "level": LEVEL, "coverage": tables, "cases": rows}
-    results.write("coverage", SEED, found)
+    store.write("coverage", SEED, found)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 
-import results
+import store
 import torch
 
 import bopito_inverse as bi
@@ -142,7 +142,7 @@ def main() -> None:
         "errors": errors(),
     }
     print({key: made[key] for key in ("peak_ratio", "cost_network", "cost_exact")})
-    results.write("derivative", SEED, made)
+    store.write("derivative", SEED, made)
     if made["peak_ratio"] > FLAT:
         sys.exit(f"peak memory varies by a factor {made['peak_ratio']:.2f}, expected {FLAT}")
 

@@ -51,11 +51,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import results
+import store
 import torch
 from double_well import (
     EXPERIMENT,
@@ -96,7 +95,7 @@ from bopito_inverse.models import NetworkConfig, TrainingConfig
 from bopito_inverse.sampling import DPMSolver, Renoise, Rollout
 from bopito_inverse.systems import TransferOperator
 
-KEPT = Path(__file__).resolve().parents[2] / "results" / "double_well"
+KEPT = store.KEPT / "double_well"
 SEEDS, START = range(10), 0.5
 DYNAMMO = {"simulation": 480, "experiment": 1627, "fitted": 1680}
 
@@ -404,7 +403,7 @@ def main() -> None:
         ],
     }
     print(json.dumps(found["summary"], indent=1))
-    results.write("double_well", SEED, found)
+    store.write("double_well", SEED, found)
     draw(found)
 
 
@@ -420,7 +419,7 @@ def draw(found: dict) -> None:
     panel_steps(axes[3], found["exact_scores"]["steps"], found["trained_scores"]["steps"])
     for ax, letter in zip(axes, "abcd", strict=True):
         ax.set_title(letter, loc="left", fontweight="bold")
-    figure.savefig(results.RESULTS / "double_well.png", dpi=150)
+    figure.savefig(store.RESULTS / "double_well.png", dpi=150)
 
 
 def panel_correlation(ax: Axes, row: dict) -> None:

@@ -15,7 +15,7 @@ Writes data/results/efficiency.json.
 import json
 
 import numpy as np
-import results
+import store
 import torch
 from scipy.optimize import minimize_scalar
 
@@ -28,7 +28,7 @@ SEED, RESAMPLES = 0, 200
 
 def demo() -> dict:
     """The default budget against the Cramer-Rao bound."""
-    prinz = results.DATA / "prinz"
+    prinz = store.DATA / "prinz"
     model = bi.Interpolator(bi.models.load(prinz / "bopito.safetensors"))
     frames = bi.datasets.Frames.read(prinz / "equilibrium.npz")
     exp = bi.observables.Experiment.read(prinz / "experiment.csv")
@@ -101,7 +101,7 @@ def against_resampling(n_replicas: int = 1024) -> dict:
 
 def main() -> None:
     found = {"against_resampling": against_resampling(), "demo": demo()}
-    results.write("efficiency", SEED, found)
+    store.write("efficiency", SEED, found)
 
 
 if __name__ == "__main__":

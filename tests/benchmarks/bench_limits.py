@@ -23,7 +23,7 @@ data and training): errors of one step against the exact operator up to lag_max,
 at n_int = 400 and 800 frames (the physical lag, where lambda_hat is right), and
 Chapman-Kolmogorov, T(200) in one draw against two of T(100).
 
-Rows are kept in .scratch/limits.jsonl: a run that was killed goes on from there. Writes
+Rows are kept in results/limits.jsonl: a run that was killed goes on from there. Writes
 data/results/limits.json and limits.png.
 """
 
@@ -36,10 +36,9 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
-import results
+import store
 import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -56,7 +55,7 @@ from bopito_inverse.sampling.rollout import Move
 from bopito_inverse.systems import Prinz, TransferOperator
 
 SEED = 0
-ROWS = Path(__file__).resolve().parents[2] / ".scratch" / "limits.jsonl"
+ROWS = store.KEPT / "limits.jsonl"
 SHIPPED, EXACT = "shipped", "exact scores"
 COLOURS = [OKABE_ITO[name] for name in ("green", "orange", "purple", "sky")]
 MODELS = {SHIPPED: OKABE_ITO["orange"], EXACT: OKABE_ITO["green"]}
@@ -90,13 +89,13 @@ def exact() -> TransferOperator:
 
 @cache
 def s_eq() -> torch.nn.Module:
-    return bi.models.load(results.DATA / "prinz" / "equilibrium.safetensors")
+    return bi.models.load(store.DATA / "prinz" / "equilibrium.safetensors")
 
 
 @cache
 def model(name: str) -> bi.Interpolator:
     if name == SHIPPED:
-        return bi.Interpolator(bi.models.load(results.DATA / "prinz" / "bopito.safetensors"))
+        return bi.Interpolator(bi.models.load(store.DATA / "prinz" / "bopito.safetensors"))
     operator = TransferOperator(Prinz(), grid_size=GRID)
     lambda_hat = math.exp(-1 / operator.timescales[0])
     score = operator.equilibrium_score()
@@ -186,7 +185,7 @@ def from_data(name: str) -> dict:
         starts = torch.full((4000, 1), START)
         trajectories = bi.simulate.langevin(Prinz(), starts, 100, seed=SEED, device="cpu")
     else:
-        trajectories = Trajectories.read(results.DATA / "prinz" / "biased.npz")
+        trajectories = Trajectories.read(store.DATA / "prinz" / "biased.npz")
     longest = int(trajectories.lengths.max())
     rows = []
     for lag in [lag for lag in LAGS_OF_DATA if lag < 0.9 * longest]:
@@ -473,8 +472,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     found = gathered(compute(parser.parse_args().workers))
     report(found)
-    results.write("limits", SEED, found)
-    draw(found).savefig(results.RESULTS / "limits.png", dpi=140)
+    store.write("limits", SEED, found)
+    draw(found).savefig(store.RESULTS / "limits.png", dpi=140)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import numpy as np
-import results
+import store
 import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -64,7 +64,7 @@ def lags_of(length: int) -> np.ndarray:
 
 
 def s_eq() -> torch.nn.Module:
-    return bi.models.load(results.DATA / "prinz" / "equilibrium.safetensors")
+    return bi.models.load(store.DATA / "prinz" / "equilibrium.safetensors")
 
 
 def simulated(length: int) -> dict[str, torch.Tensor]:
@@ -253,8 +253,8 @@ def main() -> None:
     report(made)
     slowest = float(TransferOperator(Prinz()).timescales[0])
     about = {"n_seeds": N_SEEDS, "sizes": SIZES, "shown": SHOWN, "slowest_timescale": slowest}
-    results.write("starts", SEED, about | {"frames": made})
-    draw(made, slowest).savefig(results.RESULTS / "starts.png", dpi=150)
+    store.write("starts", SEED, about | {"frames": made})
+    draw(made, slowest).savefig(store.RESULTS / "starts.png", dpi=150)
 
 
 def report(made: dict) -> None:

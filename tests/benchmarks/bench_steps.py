@@ -30,7 +30,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import results
+import store
 import torch
 from scipy.interpolate import CubicSpline
 from scipy.special import ndtr
@@ -129,7 +129,7 @@ class Trained(Case):
 
     @cached_property
     def model(self) -> bi.Interpolator:
-        return bi.Interpolator(bi.models.load(results.DATA / "prinz" / "bopito.safetensors"))
+        return bi.Interpolator(bi.models.load(store.DATA / "prinz" / "bopito.safetensors"))
 
     def relax(self, lag: float) -> np.ndarray:
         return self.moved(Propagate(lag), 1.0, 1.0)
@@ -356,7 +356,7 @@ def checked(case: Case) -> dict[str, float]:
 def trained() -> dict:
     """The shipped model, fitted to the exact correlation and to the experiment of the demo."""
     case = Trained()
-    experiment = bi.observables.Experiment.read(results.DATA / "prinz" / "experiment.csv")
+    experiment = bi.observables.Experiment.read(store.DATA / "prinz" / "experiment.csv")
     print("\nshipped model, exact correlation")
     made = {"exact correlation": compare(case, exact_correlation(case, case.x, FITTED))}
     print("shipped model, experiment of the demo")
@@ -468,9 +468,9 @@ def main() -> None:
     made["summary"] = summarised(made["cases"])
     made["trained"] = trained()
     made |= {"distance_to_the_moves": checks, "seconds": time.perf_counter() - clock}
-    results.write("steps", SEED, made)
+    store.write("steps", SEED, made)
     rows = made["cases"] | {"shipped model, N 50, Delta 100": made["trained"]["exact correlation"]}
-    draw(rows, results.RESULTS / "steps.png")
+    draw(rows, store.RESULTS / "steps.png")
 
 
 if __name__ == "__main__":

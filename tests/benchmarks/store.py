@@ -12,6 +12,7 @@ import bopito_inverse as bi
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 RESULTS = DATA / "results"
+KEPT = DATA.parent / "results"  # where runs that were killed go on from; git ignores it
 
 
 def write(name: str, seed: int, found: dict) -> None:
