@@ -66,6 +66,31 @@ def test_is_stored_with_outputs_and_without_places(name: str) -> None:
     assert not re.search(r"/(home|root|tmp|work|usr|Users)/|Traceback|Warning", text)
 
 
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_links_lead_somewhere(name: str) -> None:
+    notebook = nbformat.read(TUTORIALS / name, as_version=4)
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert [link for link in links if not (TUTORIALS / link).exists()] == []
+
+
+def test_what_is_seen_in_small_is_what_was_found() -> None:
+    """Starts all over equilibrium, the prior, and the weights are worth what tutorial 3 says."""
+    text = "\n".join(printed(executed("03_reproduce_the_figures.ipynb")))
+
+    def number(pattern: str) -> float:
+        found = re.search(pattern + r"\s+(\d\.\d+)", text, re.MULTILINE)
+        assert found is not None, pattern
+        return float(found[1])
+
+    exact, generator, structure = map(number, (r"^exact", r"^generator", r"^one structure"))
+    assert abs(generator - exact) < 0.1 < 0.25 < abs(structure - exact)
+    assert number(r"^BoPITO") < 0.5 * number(r"^ITO")
+    kept = re.search(r"the weights keep (\d+)%", text)
+    assert kept is not None
+    assert int(kept[1]) > 85
+
+
 def test_corrected_kinetics() -> None:
     """The exact timescale is in the HDI; the data, the side of x = 0 and mu agree with it."""
     said = json.loads(printed(executed("01_correct_biased_kinetics.ipynb"))[-1])
