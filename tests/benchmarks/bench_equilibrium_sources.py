@@ -61,6 +61,7 @@ from bopito_inverse.systems import DoubleWell, Potential1D, Prinz, TransferOpera
 SEED, N_SEEDS = 0, 3
 MANY, FEW, UNLIMITED, DRAWN = 5000, 200, 2_000_000, 10_000
 WRONG, HOT = 4.0, 1.5
+LATER = 5  # from the seed of a generator's frames to that of the next generator's
 WINDOWS, LADDER, PER_WALKER = 10, np.geomspace(1, 4, 5), 10
 CONFIG = TrainingConfig(steps=4000, batch_size=512, network=NetworkConfig(width=64))
 SYSTEMS: dict[str, Callable[[], Potential1D]] = {
@@ -206,7 +207,7 @@ def run(name: str, seed: int) -> dict[str, Any]:
             again = train(operator, weighted, LOOPS[source], seed)
             target = f"{source}, reweighted"
             row["sources"][target] = judged(
-                operator, again, weighted, reweighted(operator, again, seed + N_SEEDS)
+                operator, again, weighted, reweighted(operator, again, seed + LATER)
             )
             keep_curve(row, target, operator, again)
     return row
