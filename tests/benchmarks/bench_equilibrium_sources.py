@@ -1,6 +1,6 @@
 r"""Where can s_eq come from? Generators trained from several sources, against the exact density.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_equilibrium_sources.py     (60 CPU minutes)
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_equilibrium_sources.py     (36 CPU minutes)
 
 Prinz, the double and the triple well, three seeds of data and training, one network, the same
 training for all (batch 512, 4000 steps, width 64). Sources:
