@@ -16,11 +16,13 @@ trains its s_eq on the same trajectories: what the form of the model alone is wo
 
 Each is a mean over the lags of a group. `needed` is the number of trajectories at which ITO,
 interpolated in log-log, first has BoPITO's error, over BoPITO's number, with the 90 % interval of a
-bootstrap over seeds; null says that 500 trajectories are not enough.
+bootstrap over seeds; null says that 500 trajectories are not enough. `at_least_10` is the share of
+the bootstrap that says ten or more; with over 50 trajectories that cannot be seen.
 
-Three times the steps, with 500 trajectories, are a control for both; this and `own s_eq` have two
-seeds. Rows go to results/data_efficiency.jsonl one by one: a run that was killed goes on from
-there. Writes data/results/data_efficiency.json and .png.
+Three times the steps, with 500 trajectories, are a control for both (`longer_training`: error
+over that of the same seeds before); this and `own s_eq` have two seeds. Rows go to
+results/data_efficiency.jsonl one by one: a run that was killed goes on from there. Writes
+data/results/data_efficiency.json and .png.
 """
 
 import argparse
@@ -67,6 +69,10 @@ LOOKS: dict[str, dict[str, Any]] = {
     BOPITO: {"color": OKABE_ITO["blue"], "marker": "s", "ls": "-"},
     OWN: {"color": OKABE_ITO["sky"], "marker": "D", "ls": ":"},
     DATA: {"color": GREY, "marker": "^", "ls": "--"},
+}
+NEEDED: dict[str, dict[str, Any]] = {
+    "x": {"color": OKABE_ITO["green"], "marker": "s", "label": "ITO needs, by C(x)"},
+    "w1": {"color": OKABE_ITO["purple"], "marker": "o", "label": "ITO needs, by W₁"},
 }
 RANKS = 96
 PARTIAL = store.KEPT / "data_efficiency.jsonl"
@@ -239,8 +245,7 @@ def bootstrapped(ito: np.ndarray, bopito: np.ndarray) -> dict:
         str(n): {
             "needed": finite(value),
             "interval_90": [finite(low), finite(high)],
-            "at_least_10": round(float((ratio[:, k] >= 10).mean()), 3),
-            "largest_that_can_show": 500 / n,
+            "at_least_10": round(float((ratio[:, k] >= 10).mean()), 3) if n <= 50 else None,
             "error_ratio": round(float(ito.mean(1)[k] / bopito.mean(1)[k]), 2),
         }
         for k, (n, value, low, high) in enumerate(
@@ -276,50 +281,87 @@ def summarised(rows: list[dict], mu: dict) -> dict:
             entry["mu"] = round(float(np.abs(np.array(mu[quantity])[columns]).mean()), 5)
             pair = [errors(rows, model, STEPS, group, quantity) for model in (ITO, BOPITO)]
             entry["needed"] = bootstrapped(*pair)
+            entry["longer_training"] = longer_training(rows, group, quantity)
     return table
+
+
+def longer_training(rows: list[dict], group: str, quantity: str) -> dict:
+    """Error after CONTROL_STEPS over that after STEPS, same seeds."""
+    made: dict = {}
+    for model in (ITO, BOPITO):
+        after = errors(rows, model, CONTROL_STEPS, group, quantity)
+        before = errors(rows, model, STEPS, group, quantity)[:, :N_CONTROL]
+        for n, row in zip(ENDS, after, strict=True):
+            ratio = row.mean() / before[SIZES.index(n)].mean()
+            made.setdefault(model, {})[str(n)] = round(float(ratio), 2)
+    return made
 
 
 def report(table: dict) -> None:
     for name, entry in table.items():
         print(f"\n{name}: a draw of mu {entry['mu']:.4f}")
         for case, found in entry.items():
-            if case not in ("mu", "needed"):
+            if case not in ("mu", "needed", "longer_training"):
                 cells = [f"{n}: {m:.4f} +- {e:.4f}" for n, (m, e) in found.items()]
                 print(f"  {case:20s}", "  ".join(cells))
         for n, found in entry["needed"].items():
             print(f"  ITO needs, at {n}: {found}")
+        print(f"  longer training: {entry['longer_training']}")
 
 
-def draw(rows: list[dict], mu: dict, path: Path) -> None:
-    """Errors over trajectories, one column for each group of lags."""
+def draw(rows: list[dict], mu: dict, table: dict, path: Path) -> None:
+    """Errors over trajectories, and what ITO needs; one column for each group of lags."""
+    slowest = operator().timescales[0]
     with rc_context(STYLE):
-        figure = Figure(figsize=(DOUBLE, 4.6), layout="constrained")
-        axes = figure.subplots(len(DRAWN), len(GROUPS), sharex=True, sharey="row")
-        for line, (quantity, label) in zip(axes, DRAWN.items(), strict=True):
-            for axis, (group, lags) in zip(line, GROUPS.items(), strict=True):
-                columns = [LAGS.index(lag) for lag in lags]
-                level = np.abs(np.array(mu[quantity])[columns]).mean()
-                axis.axhline(level, color="black", lw=0.8, label="draws of μ, no dynamics")
-                for model, look in LOOKS.items():
-                    if (model, quantity) != (DATA, "w1"):
-                        found = errors(rows, model, 0 if model == DATA else STEPS, group, quantity)
-                        draw_curve(axis, found, label=model, **look)
+        figure = Figure(figsize=(DOUBLE, 6.2), layout="constrained")
+        axes = figure.subplots(len(DRAWN) + 1, len(GROUPS), sharex=True, sharey="row")
+        for line, (quantity, label) in zip(axes, DRAWN.items(), strict=False):
+            for axis, group in zip(line, GROUPS, strict=True):
+                draw_errors(axis, rows, mu, group, quantity)
             line[0].set(yscale="log", ylabel=label)
         for axis, (group, lags) in zip(axes[0], GROUPS.items(), strict=True):
-            axis.set_title(f"{group}: lags {', '.join(map(str, lags))}")
-        for axis in axes[-1]:
+            low, high = (f"{lag / slowest:.2g}" for lag in (lags[0], lags[-1]))
+            axis.set_title(f"{group}, {lags[0]} to {lags[-1]} frames\n{low} to {high} timescales")
+        for axis, group in zip(axes[-1], GROUPS, strict=True):
+            for side, (quantity, look) in zip((0.9, 1.1), NEEDED.items(), strict=True):
+                draw_needed(axis, table[f"{group}, {QUANTITIES[quantity]}"]["needed"], side, look)
+            axis.axhline(10, color="black", lw=0.8, ls=(0, (4, 2)))
             axis.set(xscale="log", xlabel="trajectories")
             axis.set_xticks(SIZES, SIZES)
             axis.minorticks_off()
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=5)
+        axes[-1, 1].text(SIZES[-1], 11.5, "the claim: 10", fontsize=7, ha="right")
+        axes[-1, 0].plot([], [], "^", color=GREY, label="more than 500")
+        axes[-1, 0].set(yscale="log", ylabel="times more that ITO needs", ylim=(0.25, 150))
+        handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
+        handles |= dict(zip(*reversed(axes[-1, 0].get_legend_handles_labels()), strict=True))
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
         figure.savefig(path, dpi=150)
 
 
-def draw_curve(axis: Axes, found: np.ndarray, **look: Any) -> None:
+def draw_errors(axis: Axes, rows: list[dict], mu: dict, group: str, quantity: str) -> None:
     """Mean over seeds and its standard error."""
-    error = found.std(1, ddof=1) / found.shape[1] ** 0.5
-    axis.errorbar(sizes_of(found), found.mean(1), error, capsize=2, lw=1.2, elinewidth=0.8, **look)
+    columns = [LAGS.index(lag) for lag in GROUPS[group]]
+    level = np.abs(np.array(mu[quantity])[columns]).mean()
+    axis.axhline(level, color="black", lw=0.8, label="draws of μ, no dynamics")
+    for side, (model, look) in zip((0.95, 1.05, 1, 1), LOOKS.items(), strict=True):
+        if (model, quantity) != (DATA, "w1"):
+            found = errors(rows, model, 0 if model == DATA else STEPS, group, quantity)
+            error = found.std(1, ddof=1) / found.shape[1] ** 0.5
+            x = side * np.array(sizes_of(found))
+            axis.errorbar(x, found.mean(1), error, lw=1.2, elinewidth=0.8, label=model, **look)
+
+
+def draw_needed(axis: Axes, needed: dict, side: float, look: dict) -> None:
+    """Ratio with its 90 % interval; an arrow where 500 trajectories are not enough."""
+    for n in (n for n in SIZES if n <= 50):
+        value, (low, high), most = *(needed[str(n)][k] for k in ("needed", "interval_90")), 500 / n
+        ends = [low or most, high or most]
+        axis.plot([n * side] * 2, ends, color=look["color"], lw=0.9)
+        if high is None:
+            axis.plot(n * side, most, "^", ms=4, color=look["color"])
+        if value is not None:
+            axis.plot(n * side, value, ls="", **look)
+    axis.plot([], [], ls="", **look)
 
 
 def main() -> None:
@@ -330,7 +372,7 @@ def main() -> None:
     figure = store.RESULTS / "data_efficiency.png"
     if options.draw:
         stored = json.loads(figure.with_suffix(".json").read_text())
-        draw(stored["rows"], stored["mu"], figure)
+        draw(stored["rows"], stored["mu"], stored["errors"], figure)
         return
     rows, mu = collect(options.workers), forgetful()
     table = summarised(rows, mu)
@@ -348,7 +390,7 @@ def main() -> None:
     }
     found = {"settings": settings, "errors": table, "mu": mu, "rows": rows}
     store.write("data_efficiency", SEED, found)
-    draw(rows, mu, figure)
+    draw(rows, mu, table, figure)
     PARTIAL.unlink()
 
 
