@@ -422,7 +422,7 @@ def wait_for(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-LONG = ("dynamic = { steps = 30,", "dynamic = { steps = 300, checkpoint_every = 20,")
+LONG = ("dynamic = { steps = 30,", "dynamic = { steps = 1200, checkpoint_every = 20,")
 
 
 def same_scores(a: Path, b: Path) -> bool:

@@ -39,9 +39,9 @@ from bopito_inverse.inference.prediction import Prediction
 from bopito_inverse.inference.prior import Levels, Prior
 from bopito_inverse.inference.problem import Problem
 from bopito_inverse.inference.result import FitResult
-from bopito_inverse.inference.timescale import timescale
 from bopito_inverse.interpolator import Interpolator
 from bopito_inverse.observables import Correlation, Experiment
+from bopito_inverse.observables.relaxation import timescale
 from bopito_inverse.sampling.rollout import Rollout
 
 LEVELS = (0.5, 0.8, 0.94)

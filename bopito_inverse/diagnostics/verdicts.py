@@ -22,7 +22,7 @@ from bopito_inverse.diagnostics.distances import (
     worst_grade,
 )
 from bopito_inverse.diagnostics.transitions import Slowest
-from bopito_inverse.inference.timescale import timescale
+from bopito_inverse.observables.relaxation import timescale
 
 TIMESCALE_TOLERANCE = 0.1
 RESOLVED = 0.5  # relative error up to which a timescale is judged

@@ -9,7 +9,7 @@ from bopito_inverse.inference.design import Design
 from bopito_inverse.inference.explore import Explored, explore
 from bopito_inverse.inference.likelihood import Likelihood, Parameters
 from bopito_inverse.inference.prior import Levels, Prior
-from bopito_inverse.inference.timescale import timescale
+from bopito_inverse.observables.relaxation import timescale
 
 NEGLIGIBLE = 1e-12  # posterior weight
 

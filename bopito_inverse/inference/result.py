@@ -13,7 +13,7 @@ from bopito_inverse.inference.likelihood import gaussian
 from bopito_inverse.inference.posterior import Estimate, inference_data
 from bopito_inverse.inference.problem import Problem
 from bopito_inverse.inference.status import Status
-from bopito_inverse.inference.timescale import timescale
+from bopito_inverse.observables.relaxation import timescale
 
 PRIOR_DRAWS = 1000
 

@@ -7,11 +7,9 @@ all steps of all replicas, and replicas are what is independent.
 import torch
 from torch import Tensor
 
-from bopito_inverse.observables.relaxation import hats, quantile_knots, slow_mode, timescale
+from bopito_inverse.observables.relaxation import hats, quantile_knots, slow_mode
 
 N_KNOTS = 16
-
-__all__ = ["second_eigenvalue", "timescale"]
 
 
 def second_eigenvalue(series: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:

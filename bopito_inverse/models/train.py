@@ -12,7 +12,8 @@ stratified over the batch, and what is returned is the exponential moving averag
 Where the force field is known, g = -grad U / kT of each frame (standardised, so times the scale)
 is the score of mu itself, and the noised score is E[g | x_t] / alpha: target score matching (De
 Bortoli et al., arXiv 2402.08667). Its target -(sigma / alpha) g is sharp at low noise, where that
-of denoising is not, and the other way round. Both have the same mean, and so has
+of denoising is not, and the other way round. Where frames follow mu, both have the same mean given
+x_t (elsewhere the force wins at low noise), and so has
 
     (1 - c) eps - c (sigma / alpha) g,    c = 1 / (1 + E[g^2] sigma^2 / alpha^2),
 

@@ -50,7 +50,7 @@ class ImpliedTimescale:
 
     Attributes:
         value: the timescale; inf where no relaxation is seen.
-        error: its standard error; inf where `value` is inf, or with one trajectory.
+        error: its standard error; inf where `value` is inf or zero, or with one trajectory.
         lower: 95 % lower bound of the timescale.
         at_half_lag: the estimate at half the lag.
         eigenvalue: lambda_2 at `lag`.

@@ -7,8 +7,10 @@ In the log signal-to-noise ratio r = log alpha / sigma, the probability flow of 
 with log p = log N(x; 0, I) at the noisy end (Song et al., arXiv 2011.13456, eqs. 38 and 39). It is
 integrated by Runge-Kutta of fourth order in equal steps of r, towards the data to draw frames with
 their density q, towards the noise to find the density of given frames. The divergence is exact, one
-derivative of the score for each number in a frame: affordable for few. The frames are those of the
-flow at t = 0, with the noise exp(-start) that is left there.
+derivative of the score for each number in a frame: affordable for few. Densities are those of the
+flow at t = 0, with the noise exp(-start) that is left there. `generate` has frames of the faster
+solvers of rollouts, which take this noise off and have nearly, not exactly, that density: weights
+need the frames of `importance_sample`.
 
 In the Boltzmann distribution of an energy U, frames that were drawn with density q have the weights
 
@@ -111,7 +113,8 @@ def importance_sample(
 
     Args:
         s_eq: an `EquilibriumScore`, trained or exact, of few numbers in a frame.
-        energy: U / kT of frames (B, *event) in data units, (B,); inf where there is a clash.
+        energy: U / kT of frames (B, *event) in data units, on `device`, (B,) on any device; inf
+            where there is a clash.
         n: number of frames to draw.
         seed: integer.
         n_steps: steps of the flow, four evaluations each.
@@ -129,13 +132,12 @@ def importance_sample(
     True
     """
     x, log_w = [], []
-    volume = _log_volume(s_eq)
     with torch.no_grad():
         for noise, _ in _noises(s_eq, n, seed, device):
             noised, change = _flow(s_eq, noise, 1.0, 0.0, n_steps)
             y = noised / s_eq.noise.alpha(noise.new_zeros(()))  # type: ignore[union-attr, operator]
             x.append(s_eq.scaling.restore(y))  # type: ignore[union-attr, operator]
-            log_q = _log_normal(noise) + change + volume
+            log_q = _log_normal(noise) + change + _log_volume(s_eq)
             log_w.append(-_energies(energy, x[-1]).to(log_q.device) - log_q)
     log_weights = torch.cat(log_w)
     highest = log_weights.max()

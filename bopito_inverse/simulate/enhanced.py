@@ -39,7 +39,7 @@ from bopito_inverse.arguments import (
     as_positive,
 )
 from bopito_inverse.datasets import Array, read_npz, write_npz
-from bopito_inverse.simulate.langevin import record
+from bopito_inverse.simulate.langevin import record, refuse_blown_up
 from bopito_inverse.systems.potentials import Potential1D
 
 ENERGY_GRID = 4001  # points within the bounds, for the lowest energy
@@ -260,7 +260,8 @@ def tempering(
 
     Raises:
         ValueError: thermal energies that are not positive or do not increase, starts of another
-            shape, or n_frames no multiple of n_walkers.
+            shape, n_frames no multiple of n_walkers, or walkers that became infinite (time step
+            too long).
     """
     n_simulated = _frames_to_simulate(n_frames, n_walkers, burn_in, stride)
     target = as_device(device)
@@ -282,6 +283,7 @@ def tempering(
         x = _exchange(system, step[:, 1].view(len(ladder), n_walkers), ladder, i % 2, generator)
         frames[:, :, i] = x[..., None]
         x = x.view(-1, 1)
+    refuse_blown_up(frames.flatten(0, 1), system)
     kept = frames[:, :, burn_in + stride - 1 :: stride].reshape(len(ladder), n_frames, 1)
     above = _energy(system, kept.flatten()) - energy.min()
     bias = (1 / ladder - 1 / system.kT)[:, None] * above

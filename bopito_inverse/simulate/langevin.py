@@ -79,7 +79,7 @@ system='OrnsteinUhlenbeck')
                 bias,
                 advance,
             )
-    _refuse_blown_up(frames, system)
+    refuse_blown_up(frames, system)
     return Trajectories(frames, system.frame_time, system.name)
 
 
@@ -150,7 +150,8 @@ def _as_integer(seed: Seed, device: torch.device) -> int:
     return seed
 
 
-def _refuse_blown_up(frames: Tensor, system: Potential1D) -> None:
+def refuse_blown_up(frames: Tensor, system: Potential1D) -> None:
+    """Raise a `ValueError` where a trajectory (n, n_frames, *event) is not finite."""
     finite = torch.isfinite(frames).flatten(1).all(1)
     if not finite.all():
         raise ValueError(

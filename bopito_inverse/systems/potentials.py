@@ -85,9 +85,9 @@ class Potential1D:
         """Diffusion coefficient kT / gamma."""
         return self.kT / self.friction
 
-    def energy(self, x: np.ndarray) -> np.ndarray:
-        """Energy U(x) in float64, same shape as `x`."""
-        x = np.asarray(x, dtype=np.float64)
+    def energy(self, x: np.ndarray | Tensor) -> np.ndarray:
+        """Energy U(x) in float64 on the CPU, same shape as `x`."""
+        x = np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, dtype=np.float64)
         try:
             value = np.asarray(self._energy(x), dtype=np.float64)
         except (TypeError, AttributeError):  # made of torch functions or methods

@@ -25,7 +25,7 @@ import bopito_inverse as bi
 from bopito_inverse.inference.explore import Explored
 from bopito_inverse.inference.posterior import estimate
 from bopito_inverse.inference.problem import Problem
-from bopito_inverse.inference.timescale import timescale
+from bopito_inverse.observables.relaxation import timescale
 from bopito_inverse.sampling import renoising_step
 from bopito_inverse.systems import DoubleWell, Potential1D, Prinz, TransferOperator, TripleWell
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from bopito_inverse.inference.timescale import second_eigenvalue, timescale
+from bopito_inverse.inference.timescale import second_eigenvalue
+from bopito_inverse.observables.relaxation import timescale
 
 
 def ar1(decay: float, n_steps: int, n: int, seed: int) -> torch.Tensor:
