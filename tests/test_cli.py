@@ -408,7 +408,10 @@ def test_poor_overlap_is_refused_and_reported(tmp_path: Path) -> None:
 
 
 def start(*arguments: str | Path) -> subprocess.Popen:
-    code = "from bopito_inverse.cli import main; main()"
+    code = (  # a job in the background of a script ignores SIGINT, and so do its children
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from bopito_inverse.cli import main; main()"
+    )
     command = [sys.executable, "-c", code, *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
@@ -422,7 +425,7 @@ def wait_for(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-LONG = ("dynamic = { steps = 30,", "dynamic = { steps = 1200, checkpoint_every = 20,")
+LONG = ("dynamic = { steps = 30,", "dynamic = { steps = 600, checkpoint_every = 20,")
 
 
 def same_scores(a: Path, b: Path) -> bool:
