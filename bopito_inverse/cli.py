@@ -87,7 +87,8 @@ def demo(
 
     Writes results/demo/fit and results/demo/sample.
     """
-    from bopito_inverse.config import Config, shipped_data
+    from bopito_inverse.config import Config
+    from bopito_inverse.shipped import shipped_data
 
     config = Config.read(shipped_data() / "demo.toml", device, output)
     _run(config, ("fit", "sample"), quiet)

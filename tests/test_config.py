@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from bopito_inverse.config import Config, _known_keys, shipped_data
+from bopito_inverse.config import Config, _known_keys
+from bopito_inverse.shipped import shipped_data
 
 MINIMAL = '[system]\nname = "Prinz"\n'
 FULL = """

@@ -13,6 +13,8 @@ import bopito_inverse
 PACKAGE = Path(bopito_inverse.__file__).parent
 ORDER = (
     "arguments",
+    "fan_out",
+    "shipped",
     "noise",
     "systems",
     "datasets",
@@ -30,7 +32,16 @@ ORDER = (
     "cli",
 )
 INDEPENDENT = {"observables": {"models", "interpolator", "sampling"}}
-HEAVY = ("pymbar", "openmm", "lightning", "pytorch_lightning", "arviz", "matplotlib", "deeptime")
+HEAVY = (
+    "pymbar",
+    "openmm",
+    "mdtraj",
+    "lightning",
+    "pytorch_lightning",
+    "arviz",
+    "matplotlib",
+    "deeptime",
+)
 
 SIDE_EFFECTS = f"""
 import logging, random, sys, warnings

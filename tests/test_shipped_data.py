@@ -10,8 +10,9 @@ import torch
 
 import bopito_inverse as bi
 from bopito_inverse import stages
-from bopito_inverse.config import Config, shipped_data
+from bopito_inverse.config import Config
 from bopito_inverse.sampling import DPMSolver
+from bopito_inverse.shipped import shipped_data
 from bopito_inverse.systems import Prinz, TransferOperator
 
 DATA = shipped_data()

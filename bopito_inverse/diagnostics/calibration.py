@@ -30,7 +30,7 @@ from scipy.stats import binomtest, chisquare, norm
 
 from bopito_inverse.arguments import as_count, as_positive
 from bopito_inverse.datasets import Array, Frames
-from bopito_inverse.diagnostics.fan_out import fan_out
+from bopito_inverse.fan_out import fan_out
 from bopito_inverse.inference.design import Design
 from bopito_inverse.inference.emulator import Coordinate, Emulator
 from bopito_inverse.inference.fit import N_REPLICAS, fit, named_observables

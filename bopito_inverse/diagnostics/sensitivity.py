@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bopito_inverse.datasets import Array, Frames
-from bopito_inverse.diagnostics.fan_out import fan_out
+from bopito_inverse.fan_out import fan_out
 from bopito_inverse.inference.fit import fit
 from bopito_inverse.inference.posterior import Estimate
 from bopito_inverse.inference.result import Estimates, as_tuple, plain

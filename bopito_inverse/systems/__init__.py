@@ -1,6 +1,7 @@
-"""Systems whose answers are known: analytic potentials and their exact transfer operators."""
+"""Systems: analytic potentials with their exact transfer operators, and molecules."""
 
 from bopito_inverse.systems.exact import TransferOperator
+from bopito_inverse.systems.molecules import AlanineDipeptide, Molecule
 from bopito_inverse.systems.potentials import (
     DoubleWell,
     OrnsteinUhlenbeck,
@@ -10,7 +11,9 @@ from bopito_inverse.systems.potentials import (
 )
 
 __all__ = [
+    "AlanineDipeptide",
     "DoubleWell",
+    "Molecule",
     "OrnsteinUhlenbeck",
     "Potential1D",
     "Prinz",

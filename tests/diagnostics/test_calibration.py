@@ -7,7 +7,7 @@ from scipy.stats import uniform
 
 import bopito_inverse as bi
 from bopito_inverse.diagnostics.calibration import Calibration, Ranked, calibrate
-from bopito_inverse.diagnostics.fan_out import fan_out
+from bopito_inverse.fan_out import fan_out
 from bopito_inverse.sampling import DPMSolver, Interpolate, Rollout
 
 SYSTEM = bi.systems.OrnsteinUhlenbeck()  # timescale 20 frames

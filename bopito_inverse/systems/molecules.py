@@ -1,0 +1,245 @@
+r"""Molecules: OpenMM systems made of a structure and force-field files.
+
+Frames are positions (n_atoms, 3) in nm, with no periodic boundaries; times are in ps, energies in
+kJ/mol. Dynamics is Langevin's in the middle scheme (Zhang et al., J. Phys. Chem. A 123, 6056, 2019)
+at `temperature`, with the bonds of hydrogen constrained unless said otherwise.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bopito_inverse.arguments import as_count, as_frames, as_positive
+from bopito_inverse.shipped import shipped_data
+
+if TYPE_CHECKING:
+    import mdtraj
+    import openmm
+
+GAS_CONSTANT = 0.00831446261815324  # kJ / (mol K)
+CONSTRAINTS = {"hbonds": "HBonds", "allbonds": "AllBonds", None: None}
+
+
+class Molecule:
+    """One molecule in vacuum or implicit solvent.
+
+    Args:
+        structure: a file that mdtraj reads with its topology (PDB, h5, ...), or an mdtraj
+            trajectory; its first frame is where simulations start. Hydrogens must be there.
+        force_field: OpenMM force-field files, by the names that OpenMM ships or by path. An
+            implicit solvent is one of them (`amber99_obc.xml`), else the molecule is in vacuum.
+        temperature: K.
+        friction: of the thermostat, 1/ps.
+        time_step: ps.
+        steps_per_frame: integrator steps between recorded frames.
+        constraints: `"hbonds"`, `"allbonds"` or None.
+        name: written into files, so that a model is not used on another system; by default the
+            name of the file.
+
+    Attributes:
+        topology: mdtraj topology.
+        positions: (n_atoms, 3), nm, float32.
+        kT: kJ/mol.
+        bonds: (n_bonds, 2), indices of atoms.
+        atom_types: (n_atoms,), whole numbers from zero; atoms that the bonded graph cannot tell
+            apart (the hydrogens of a methyl group) have one type.
+
+    Raises:
+        FileNotFoundError: there is no such structure.
+        ValueError: a structure that mdtraj cannot read, or a residue that the force field does not
+            know; the message says which and what to do.
+
+    >>> molecule = AlanineDipeptide()
+    >>> molecule
+    Molecule('alanine dipeptide', 22 atoms, 300 K, amber99sbildn.xml + amber99_obc.xml)
+    >>> molecule.energy(molecule.positions[None]).shape
+    torch.Size([1])
+    """
+
+    def __init__(
+        self,
+        structure: "str | Path | mdtraj.Trajectory",
+        force_field: Sequence[str] = ("amber99sbildn.xml", "amber99_obc.xml"),
+        temperature: float = 300.0,
+        friction: float = 1.0,
+        time_step: float = 0.002,
+        steps_per_frame: int = 500,
+        constraints: Literal["hbonds", "allbonds"] | None = "hbonds",
+        name: str | None = None,
+    ) -> None:
+        first = _read(structure)
+        self.topology = first.topology
+        self.positions = torch.from_numpy(np.array(first.xyz[0], dtype=np.float32))
+        self.force_field = (force_field,) if isinstance(force_field, str) else tuple(force_field)
+        self.temperature = as_positive("temperature", temperature)
+        self.friction = as_positive("friction", friction)
+        self.time_step = as_positive("time_step", time_step)
+        self.steps_per_frame = as_count("steps_per_frame", steps_per_frame)
+        if constraints not in CONSTRAINTS:
+            raise ValueError(f"constraints must be one of {list(CONSTRAINTS)}, got {constraints!r}")
+        self.constraints = constraints
+        self.kT = GAS_CONSTANT * self.temperature
+        self.name = name or ("molecule" if hasattr(structure, "xyz") else Path(structure).stem)
+        self.event_shape = tuple(self.positions.shape)
+        bonds = [[a.index, b.index] for a, b in self.topology.bonds]
+        self.bonds = np.array(bonds, dtype=int).reshape(-1, 2)
+        self.atom_types = _atom_types(self.topology, self.bonds)
+        self.system = _parametrise(self.topology, self.force_field, CONSTRAINTS[constraints])
+        self._context: Any = None
+
+    def __repr__(self) -> str:
+        return (
+            f"Molecule({self.name!r}, {self.topology.n_atoms} atoms, {self.temperature:g} K, "
+            f"{' + '.join(self.force_field)})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the OpenMM context, which cannot be sent to other processes."""
+        return self.__dict__ | {"_context": None}
+
+    @property
+    def frame_time(self) -> float:
+        """Time between frames, ps."""
+        return self.time_step * self.steps_per_frame
+
+    def context(
+        self,
+        platform: str = "Reference",
+        seed: int = 0,
+        temperature: float | None = None,
+        system: "openmm.System | None" = None,
+    ) -> "openmm.Context":
+        """An OpenMM context with a Langevin integrator, at `positions`.
+
+        Args:
+            platform: as OpenMM names them.
+            seed: of the thermostat, a non-negative integer.
+            temperature: K; by default the molecule's.
+            system: a changed copy of `self.system`, for example with a bias.
+
+        Raises:
+            ValueError: a platform that this OpenMM does not have.
+        """
+        import openmm
+
+        integrator = openmm.LangevinMiddleIntegrator(
+            temperature or self.temperature, self.friction, self.time_step
+        )
+        integrator.setRandomNumberSeed(1 + seed % (2**31 - 2))  # zero would be a random one
+        context = openmm.Context(system or self.system, integrator, _platform(platform))
+        context.setPositions(self.positions.double().numpy())
+        return context
+
+    def energy(self, x: Tensor | np.ndarray) -> Tensor:
+        """Potential energy of frames (B, n_atoms, 3), (B,), kJ/mol, float64, on the CPU."""
+        return self._evaluate(x, forces=False)[0]
+
+    def force(self, x: Tensor | np.ndarray) -> Tensor:
+        """-dU/dx of frames (B, n_atoms, 3), kJ/(mol nm), float32, on the CPU.
+
+        Forces along constrained bonds are not in it: OpenMM leaves the terms of these bonds out.
+        """
+        return self._evaluate(x, forces=True)[1]
+
+    def _evaluate(self, x: Tensor | np.ndarray, forces: bool) -> tuple[Tensor, Tensor]:
+        frames = as_frames("x", x, self.event_shape)
+        if self._context is None:
+            self._context = self.context()
+        energies, gradients = [], torch.zeros_like(frames)
+        for i, frame in enumerate(frames.double().numpy()):
+            self._context.setPositions(frame)
+            state = self._context.getState(getEnergy=True, getForces=forces)
+            energies.append(state.getPotentialEnergy()._value)
+            if forces:
+                gradients[i] = torch.from_numpy(state.getForces(asNumpy=True)._value)
+        return torch.tensor(energies, dtype=torch.float64), gradients
+
+
+class AlanineDipeptide(Molecule):
+    """Capped alanine, ACE-ALA-NME, 22 atoms: amber99sbildn with OBC implicit solvent, 300 K.
+
+    Time step 2 fs, hydrogen bonds constrained, friction 1/ps; a frame is 1 ps.
+    """
+
+    def __init__(
+        self, temperature: float = 300.0, friction: float = 1.0, steps_per_frame: int = 500
+    ) -> None:
+        super().__init__(
+            shipped_data("ala2") / "alanine_dipeptide.pdb",
+            temperature=temperature,
+            friction=friction,
+            steps_per_frame=steps_per_frame,
+            name="alanine dipeptide",
+        )
+
+
+def _read(structure: Any) -> Any:
+    """An mdtraj trajectory."""
+    import mdtraj
+
+    if isinstance(structure, mdtraj.Trajectory):
+        return structure
+    path = Path(structure)
+    if not path.is_file():
+        raise FileNotFoundError(f"structure: there is no file {path}")
+    try:
+        return mdtraj.load(str(path))
+    except Exception as error:  # each reader of mdtraj has errors of its own
+        raise ValueError(f"structure {path} cannot be read by mdtraj: {error}") from error
+
+
+def _parametrise(topology: Any, force_field: tuple[str, ...], constraints: str | None) -> Any:
+    """An OpenMM system without cutoff, or an error that says what the force field lacks."""
+    from openmm import app
+
+    try:
+        field = app.ForceField(*force_field)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"force_field must name files that OpenMM reads, got {list(force_field)}: {error}"
+        ) from error
+    kind = None if constraints is None else getattr(app, constraints)
+    try:
+        return field.createSystem(
+            topology.to_openmm(), nonbondedMethod=app.NoCutoff, constraints=kind
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"the force field {' + '.join(force_field)} has no parameters for this structure: "
+            f"{error} Name another force field, or complete the structure (hydrogens, caps, "
+            "terminal atoms) with PDBFixer or `openmm.app.Modeller`"
+        ) from error
+
+
+def _platform(name: str) -> Any:
+    import openmm
+
+    known = [
+        openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())
+    ]
+    if name not in known:
+        raise ValueError(f"platform must be one of {', '.join(known)}, got {name!r}")
+    return openmm.Platform.getPlatformByName(name)
+
+
+def _atom_types(topology: Any, bonds: np.ndarray) -> np.ndarray:
+    """Colours of the bonded graph, refined by those of neighbours until nothing changes."""
+    colours = [atom.element.atomic_number for atom in topology.atoms]
+    neighbours: list[list[int]] = [[] for _ in colours]
+    for a, b in bonds:
+        neighbours[a].append(b)
+        neighbours[b].append(a)
+    while True:
+        seen = [
+            (colour, tuple(sorted(colours[j] for j in own)))
+            for colour, own in zip(colours, neighbours, strict=True)
+        ]
+        number = {kind: i for i, kind in enumerate(sorted(set(seen)))}
+        refined = [number[kind] for kind in seen]
+        if len(number) == len(set(colours)):
+            return np.array(refined)
+        colours = refined
