@@ -6,6 +6,9 @@ learn the transition density from lagged pairs `(x(s), x(s + N))`: a set of traj
 `p(N)` and then one of these pairs uniformly. Equilibrium models learn the stationary density mu
 from frames `x_n` with weights `w_n`, `sum_n w_n = 1`, such that `sum_n w_n a(x_n)` estimates
 `E_mu[a]`.
+
+Frames of molecules are positions `(n_atoms, 3)` in nm, as mdtraj reads and writes them. They are
+left where they are: nothing is superposed or wrapped.
 """
 
 import math
@@ -14,7 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,8 +25,16 @@ from torch import Tensor
 
 from bopito_inverse.arguments import as_count, as_frames, as_positive
 
+if TYPE_CHECKING:
+    import mdtraj
+
 LagSampling = Literal["log_uniform", "uniform"]
 Array = np.ndarray | Tensor | Sequence[Any]
+
+WRITTEN = (".h5", ".trr", ".xtc", ".dcd")  # formats of molecular trajectories
+TIMED = (".h5", ".hdf5", ".trr", ".xtc", ".nc", ".ncdf", ".netcdf")  # those that hold times,
+COMPLETE = (".h5", ".hdf5", ".pdb", ".cif", ".gro")  # and those that hold a topology
+TOPOLOGY = "topology.pdb"
 
 
 class Trajectories:
@@ -91,6 +102,10 @@ class Trajectories:
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))
 
+    def take(self, index: Tensor) -> "Trajectories":
+        """Some of the trajectories, by their numbers (n,)."""
+        return Trajectories([self[i] for i in index.tolist()], self.frame_time, self.system)
+
     def to(self, device: torch.device | str) -> "Trajectories":
         """The same trajectories on another device."""
         moved = Trajectories.__new__(Trajectories)
@@ -99,13 +114,34 @@ class Trajectories:
         moved._index(np.diff(self._ends, prepend=0))
         return moved
 
-    def write(self, path: str | os.PathLike) -> None:
-        """Write `.npz` with `trajectories`, `frame_time` and `system`.
+    def write(
+        self,
+        path: str | os.PathLike,
+        topology: "str | os.PathLike | mdtraj.Topology | None" = None,
+    ) -> None:
+        """Write `.npz`, or files that mdtraj, VMD and PyMOL read. A file appears complete or not.
 
-        Trajectories of equal length are one dense array `(n_trajectories, n_frames, *event)`;
-        otherwise all frames in a row, `(total, *event)`, with an array `lengths`. The file appears
-        complete or not at all.
+        `.npz` holds `trajectories`, `frame_time` and `system`. Trajectories of equal length are one
+        dense array `(n_trajectories, n_frames, *event)`; otherwise all frames in a row,
+        `(total, *event)`, with an array `lengths`.
+
+        `.h5`, `.trr`, `.xtc` (rounded to 0.001 nm) and `.dcd` (without times) hold one trajectory
+        of a molecule each: several are numbered, `trajectory.xtc` gives `trajectory_0000.xtc` and
+        so on. `topology.pdb`, with the first frame, is written beside them.
+
+        Args:
+            path: of the file; its suffix says which format.
+            topology: of the molecule, mdtraj's or a file that holds it.
+
+        Raises:
+            ValueError: another suffix; no topology or one that does not fit the frames; other
+                trajectories of that name that `read` would take for part of these.
+            ImportError: `.h5` without PyTables.
         """
+        path = Path(path)
+        if path.suffix != ".npz":
+            _write_molecules(path, self, topology)
+            return
         frames, lengths = self.frames.cpu().numpy(), self.lengths.cpu().numpy()
         system, extra = np.str_(self.system or ""), {}
         if (lengths == lengths[0]).all():
@@ -116,18 +152,39 @@ class Trajectories:
         write_npz(path, trajectories=frames, frame_time=frame_time, system=system, **extra)
 
     @classmethod
-    def read(cls, path: str | os.PathLike) -> "Trajectories":
-        """Read what `write` wrote, or any `.npz` of that layout (`system` may be missing).
+    def read(
+        cls,
+        path: str | os.PathLike,
+        topology: "str | os.PathLike | mdtraj.Topology | None" = None,
+        frame_time: float | None = None,
+    ) -> "Trajectories":
+        """Read what `write` wrote, any `.npz` of that layout, or what mdtraj reads.
+
+        Args:
+            path: `.npz` (`system` may be missing); one trajectory of a molecule in any other format
+                of mdtraj; or a folder of several, `trajectory_*`, read in the order of their names.
+            topology: for formats that hold none, mdtraj's or a file that holds it; by default
+                `topology.pdb` in the same folder.
+            frame_time: in ps, needed where the format holds no times (dcd, pdb); where it is given,
+                times in the file are not used.
 
         Raises:
-            ValueError: the file is truncated, foreign, lacks a key or holds bad trajectories.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, foreign, lacks a key or holds bad trajectories; times
+                that are not evenly spaced, or none and no `frame_time`.
+            ImportError: `.h5` without PyTables.
         """
+        path = Path(path)
+        if path.suffix != ".npz":
+            return cls(*_read_molecules(path, topology, frame_time))
         arrays = read_npz(path, ("trajectories", "frame_time"))
         frames, lengths = arrays["trajectories"], arrays.get("lengths")
         system = str(arrays["system"]) if "system" in arrays else ""
         try:
             parts = frames if lengths is None else _split(frames, lengths)
-            return cls(parts, _scalar("frame_time", arrays), system or None)
+            if frame_time is None:
+                frame_time = _scalar("frame_time", arrays)
+            return cls(parts, frame_time, system or None)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -188,6 +245,10 @@ class Frames:
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw `n` frames with replacement by weight, `(n, *event)`, on the device of the data."""
         return self.x.index_select(0, self.draw(n, generator))
+
+    def take(self, index: Tensor) -> "Frames":
+        """Some of the frames, by their numbers (n,), with their weights."""
+        return Frames(self.x[index], self.weights[index])
 
     def mean(self) -> Tensor:
         """Weighted mean of each component of a frame, shape `event`."""
@@ -334,6 +395,114 @@ def read_npz(path: str | os.PathLike, required: Sequence[str]) -> dict[str, np.n
         if name not in arrays:
             raise ValueError(f"{path} has no array {name!r}, only {sorted(arrays)}")
     return arrays
+
+
+def _write_molecules(path: Path, trajectories: Trajectories, topology: Any) -> None:
+    """Files of the trajectories and `topology.pdb` beside them."""
+    import mdtraj
+
+    if path.suffix not in WRITTEN:
+        raise ValueError(f"path must end in .npz or one of {', '.join(WRITTEN)}, got {str(path)!r}")
+    molecule = _topology(path, topology)
+    if trajectories.event_shape != (molecule.n_atoms, 3):
+        raise ValueError(
+            f"topology must be that of the frames, of shape {trajectories.event_shape}, got one of "
+            f"{molecule.n_atoms} atoms"
+        )
+    paths = [path]
+    if len(trajectories) > 1:
+        paths = [
+            path.with_name(f"{path.stem}_{i:04d}{path.suffix}") for i in range(len(trajectories))
+        ]
+        others = sorted({*path.parent.glob(f"{path.stem}_[0-9]*{path.suffix}")} - {*paths})
+        if others:
+            raise ValueError(f"{path.parent} holds other trajectories, the first is {others[0]}")
+    first = trajectories.frames[:1].cpu().numpy()
+    _save(mdtraj.Trajectory(first, molecule), path.with_name(TOPOLOGY))
+    for file, frames in zip(paths, trajectories, strict=True):
+        time = np.arange(len(frames)) * trajectories.frame_time
+        _save(mdtraj.Trajectory(frames.cpu().numpy(), molecule, time), file)
+
+
+def _save(trajectory: "mdtraj.Trajectory", path: Path) -> None:
+    """Save through a temporary file beside `path`, as `write_npz` does."""
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        trajectory.save(str(partial))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read_molecules(
+    path: Path, topology: Any, frame_time: float | None
+) -> tuple[list[np.ndarray], float]:
+    """Positions of each trajectory and the time between frames."""
+    files = [path]
+    if path.is_dir():
+        files = [file for file in path.glob("trajectory_*") if file.suffix in WRITTEN]
+        files.sort(key=lambda file: (len(file.name), file.name))
+        if len({file.suffix for file in files}) != 1:
+            raise ValueError(
+                f"{path} must hold files trajectory_* of one format ({', '.join(WRITTEN)}), got "
+                f"{[file.name for file in files[:10]]}"
+            )
+    elif not path.is_file():
+        raise FileNotFoundError(f"there is no trajectory {path}")
+    molecule = None if files[0].suffix in COMPLETE else _topology(files[0], topology)
+    trajectories, steps = [], []
+    for file in files:
+        trajectory = _load(file, molecule)
+        trajectories.append(as_frames(f"{file}: frames", trajectory.xyz).numpy())
+        steps.append(_spacing(file, trajectory.time) if frame_time is None else frame_time)
+        if not math.isclose(steps[-1], steps[0], rel_tol=1e-3):
+            raise ValueError(
+                f"frames must be equally far apart in all files, got {steps[0]:g} ps in "
+                f"{files[0]} and {steps[-1]:g} ps in {file}"
+            )
+    return trajectories, steps[0]
+
+
+def _load(path: Path, topology: "mdtraj.Topology | None") -> "mdtraj.Trajectory":
+    import mdtraj
+
+    try:
+        trajectory = mdtraj.load(str(path), **({} if topology is None else {"top": topology}))
+    except ImportError:
+        raise
+    except Exception as error:  # each reader of mdtraj has errors of its own
+        raise ValueError(f"{path} cannot be read by mdtraj: {error}") from error
+    if len(trajectory) < 2:
+        raise ValueError(f"{path} must hold at least 2 frames, got {len(trajectory)}")
+    return trajectory
+
+
+def _topology(path: Path, topology: Any) -> "mdtraj.Topology":
+    """The topology of the trajectory at `path`: mdtraj's, from a file, or from beside it."""
+    import mdtraj
+
+    if isinstance(topology, mdtraj.Topology):
+        return topology
+    file = path.with_name(TOPOLOGY) if topology is None else Path(topology)
+    if not file.is_file():
+        raise ValueError(f"topology must be given for {path}, there is no file {file}")
+    try:
+        return mdtraj.load_topology(str(file))
+    except Exception as error:
+        raise ValueError(f"topology {file} cannot be read by mdtraj: {error}") from error
+
+
+def _spacing(path: Path, time: np.ndarray) -> float:
+    """Time between frames, ps, from the times of a file, which may be in single precision."""
+    if path.suffix not in TIMED:
+        raise ValueError(f"frame_time must be given for {path}: the format holds no times")
+    steps = np.diff(np.asarray(time, dtype=np.float64))
+    if not (steps.mean() > 0 and abs(steps - steps.mean()).max() < 0.1 * steps.mean()):
+        raise ValueError(
+            f"{path} must hold evenly spaced frames, got {steps.min():g} to {steps.max():g} ps "
+            "between them; frame_time overrides the times of the file"
+        )
+    return float(f"{steps.mean():.6g}")
 
 
 def _stack_dense(trajectories: np.ndarray | Tensor) -> tuple[Tensor, np.ndarray]:

@@ -1,3 +1,8 @@
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import mdtraj
 import numpy as np
 import pytest
 import torch
@@ -6,6 +11,10 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from bopito_inverse.datasets import Frames, LaggedPairs, Trajectories, read_npz
+from bopito_inverse.shipped import shipped_data
+
+STRUCTURE = shipped_data("ala2") / "alanine_dipeptide.pdb"
+FORMATS = [".trr", ".xtc", ".dcd", *([".h5"] if find_spec("tables") else [])]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -108,6 +117,184 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch) -> None:
         labelled([5, 6]).write(path)
     assert path.read_bytes() == content
     assert len(list(tmp_path.iterdir())) == 1
+
+
+# molecules
+
+
+@pytest.fixture(scope="module")
+def topology() -> mdtraj.Topology:
+    return mdtraj.load_topology(STRUCTURE)
+
+
+def molecular(*lengths: int, frame_time: float = 0.5) -> Trajectories:
+    """Frames far from the origin, which no superposition would leave there."""
+    parts = [3 + 0.3 * torch.randn(n, 22, 3, generator=generator(n)) for n in lengths]
+    return Trajectories(parts, frame_time)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_molecules_survive_files_that_mdtraj_reads(
+    tmp_path: Path, topology: mdtraj.Topology, suffix: str
+) -> None:
+    before = molecular(4, 2, 7)
+    before.write(tmp_path / f"trajectory{suffix}", topology)
+    names = [f"trajectory_{i:04d}{suffix}" for i in range(3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["topology.pdb", *names]
+    after = Trajectories.read(tmp_path, frame_time=0.5 if suffix == ".dcd" else None)
+    atol = {".xtc": 6e-4, ".dcd": 1e-6}.get(suffix, 0)
+    torch.testing.assert_close(after.frames, before.frames, atol=atol, rtol=0)
+    assert (after.frames.dtype, after.frame_time) == (torch.float32, 0.5)
+    assert after.lengths.tolist() == [4, 2, 7]
+    beside = mdtraj.load(tmp_path / "topology.pdb")
+    assert beside.topology == topology
+    np.testing.assert_allclose(beside.xyz[0], before.frames[0], atol=6e-5)
+    alone = mdtraj.load(tmp_path / names[2], **({} if suffix == ".h5" else {"top": beside}))
+    np.testing.assert_allclose(alone.xyz, before[2], atol=atol)
+    if suffix != ".dcd":
+        np.testing.assert_allclose(alone.time, 0.5 * np.arange(7))
+
+
+def test_one_trajectory_is_one_file_and_its_topology_may_be_elsewhere(
+    tmp_path: Path, topology: mdtraj.Topology
+) -> None:
+    before = molecular(5, frame_time=0.1)
+    before.write(tmp_path / "run.trr", STRUCTURE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.trr", "topology.pdb"]
+    (tmp_path / "topology.pdb").unlink()
+    for known in (topology, STRUCTURE, str(STRUCTURE)):
+        after = Trajectories.read(tmp_path / "run.trr", known)
+        assert torch.equal(after.frames, before.frames)
+        assert after.frame_time == 0.1  # the file holds single precision
+    with pytest.raises(ValueError, match=r"topology must be given for .*run\.trr"):
+        Trajectories.read(tmp_path / "run.trr")
+    assert Trajectories.read(tmp_path / "run.trr", topology, frame_time=2).frame_time == 2
+
+
+def test_a_pdb_of_several_models_needs_a_frame_time(
+    tmp_path: Path, topology: mdtraj.Topology
+) -> None:
+    path, frames = tmp_path / "models.pdb", molecular(3).frames
+    mdtraj.Trajectory(frames.numpy(), topology).save(str(path))
+    after = Trajectories.read(path, frame_time=10)
+    torch.testing.assert_close(after.frames, frames, atol=6e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"frame_time must be given for .*models\.pdb"):
+        Trajectories.read(path)
+
+
+def test_folders_are_read_in_order_and_only_their_trajectories(
+    tmp_path: Path, topology: mdtraj.Topology
+) -> None:
+    for number in ("0009", "0010", "9999", "10000"):
+        frames = np.full((2, 22, 3), int(number), np.float32)
+        mdtraj.Trajectory(frames, topology, [0, 1]).save(str(tmp_path / f"trajectory_{number}.trr"))
+    for other in ("notes_0000.trr", "trajectory_0000.log", ".trajectory_0001.1.partial.trr"):
+        (tmp_path / other).write_bytes(b"something else")
+    read = Trajectories.read(tmp_path, topology)
+    assert [int(part[0, 0, 0]) for part in read] == [9, 10, 9999, 10000]
+
+
+def test_molecular_files_that_mislead_are_refused(
+    tmp_path: Path, topology: mdtraj.Topology
+) -> None:
+    path = tmp_path / "trajectory_0000.trr"
+
+    def save(time: list[float], frames: np.ndarray | None = None, name: Path = path) -> None:
+        xyz = molecular(max(len(time), 2)).frames.numpy()[: len(time)]
+        mdtraj.Trajectory(xyz if frames is None else frames, topology, time).save(str(name))
+
+    for time in ([0, 1, 2, 4], [0, 1, 1, 2], [3, 2, 1, 0], [0, 0, 0, 0]):
+        save(time)
+        with pytest.raises(ValueError, match=r"_0000\.trr must hold evenly spaced frames"):
+            Trajectories.read(path, topology)
+        assert Trajectories.read(path, topology, frame_time=1).frame_time == 1
+    save([0])
+    with pytest.raises(ValueError, match=r"_0000\.trr must hold at least 2 frames, got 1"):
+        Trajectories.read(path, topology)
+    save([0, 1], np.where(np.arange(132).reshape(2, 22, 3) == 70, np.nan, 0))
+    with pytest.raises(ValueError, match=r"_0000\.trr: frames must be finite.* at frame 1"):
+        Trajectories.read(path, topology)
+    save([0, 1])
+    save([0, 2], name=tmp_path / "trajectory_0001.trr")
+    with pytest.raises(ValueError, match=r"got 1 ps in .*0000\.trr and 2 ps in .*0001\.trr"):
+        Trajectories.read(tmp_path, topology)
+    save([0, 1], name=tmp_path / "trajectory_0001.xtc")
+    with pytest.raises(ValueError, match=r"trajectory_\* of one format.*trajectory_0001\.xtc"):
+        Trajectories.read(tmp_path, topology)
+
+
+def test_molecular_files_that_cannot_be_read_are_named(
+    tmp_path: Path, topology: mdtraj.Topology
+) -> None:
+    path = tmp_path / "run.trr"
+    with pytest.raises(FileNotFoundError, match=r"no trajectory .*run\.trr"):
+        Trajectories.read(path, topology)
+    with pytest.raises(ValueError, match=r"must hold files trajectory_\* of one format.*got \[\]"):
+        Trajectories.read(tmp_path, topology)
+    molecular(9).write(path, topology)
+    content = path.read_bytes()
+    for wrong in (content[: len(content) // 2], b"not a trajectory", b""):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match=r"run\.trr cannot be read by mdtraj"):
+            Trajectories.read(path, topology)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"run\.trr cannot be read by mdtraj"):
+        Trajectories.read(path, topology.subset(range(5)))
+    with pytest.raises(ValueError, match=r"topology .*run\.trr cannot be read"):
+        Trajectories.read(path, path)
+    foreign = path.rename(tmp_path / "run.foo")
+    with pytest.raises(ValueError, match=r"run\.foo cannot be read by mdtraj"):
+        Trajectories.read(foreign, topology)
+
+
+def test_molecules_are_not_written_to_mislead(tmp_path: Path, topology: mdtraj.Topology) -> None:
+    with pytest.raises(ValueError, match=r"must end in \.npz or one of .*got .*run\.foo"):
+        molecular(3).write(tmp_path / "run.foo", topology)
+    with pytest.raises(ValueError, match="topology must be given"):
+        molecular(3).write(tmp_path / "run.xtc")
+    with pytest.raises(ValueError, match=r"of shape \(22, 3\), got one of 5 atoms"):
+        molecular(3).write(tmp_path / "run.xtc", topology.subset(range(5)))
+    assert not list(tmp_path.iterdir())
+    molecular(3, 4, 5).write(tmp_path / "run.xtc", topology)
+    with pytest.raises(ValueError, match=r"holds other trajectories.*run_0002\.xtc"):
+        molecular(3, 4).write(tmp_path / "run.xtc", topology)
+    molecular(6, 7, 8).write(tmp_path / "run.xtc", topology)
+    assert len(mdtraj.load(tmp_path / "run_0000.xtc", top=topology)) == 6
+
+
+def test_without_pytables_it_is_said_what_h5_needs(
+    tmp_path: Path, topology: mdtraj.Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.h5").write_bytes(b"something")
+    monkeypatch.setitem(sys.modules, "tables", None)
+    for use in (
+        lambda: molecular(3).write(tmp_path / "run.h5", topology),
+        lambda: Trajectories.read(tmp_path / "run.h5"),
+    ):
+        with pytest.raises(ImportError, match="pip install tables"):
+            use()
+    assert (tmp_path / "run.h5").read_bytes() == b"something"
+
+
+def test_a_failed_write_of_a_molecule_keeps_the_old_files(
+    tmp_path: Path, topology: mdtraj.Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.trr"
+    molecular(3).write(path, topology)
+    content = path.read_bytes()
+
+    def fail(self: mdtraj.Trajectory, name: str) -> None:
+        Path(name).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(mdtraj.Trajectory, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        molecular(5).write(path, topology)
+    assert path.read_bytes() == content
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# weighted frames
 
 
 def test_weighted_frames_are_sampled_by_weight() -> None:
