@@ -64,21 +64,38 @@ class VPSchedule:
 
 
 class Scaling(nn.Module):
-    """Affine map between frames in data units and the standardised frames that are noised."""
+    """Map between frames in data units and the standardised frames that are noised.
+
+    Args:
+        mean: subtracted from frames, one number or shape `event`.
+        scale: what frames are divided by.
+        centred: frames are positions (B, n_atoms, 3), whose centroid is taken away: standardised
+            frames and their noise live in the subspace of frames with their centroid at zero.
+    """
 
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, mean: Sequence[float] | float = 0.0, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        mean: Sequence[float] | float = 0.0,
+        scale: float = 1.0,
+        centred: bool = False,
+    ) -> None:
         super().__init__()
         if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"scale must be a positive number, got {scale}")
+        self.centred = bool(centred)
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32))
         self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float32))
 
     def standardise(self, x: Tensor) -> Tensor:
         """Frames in data units to standardised frames."""
-        return (x - self.mean) / self.scale
+        return self.project((x - self.mean) / self.scale)
+
+    def project(self, y: Tensor) -> Tensor:
+        """Standardised frames or noise, in the subspace where they live."""
+        return y - y.mean(-2, keepdim=True) if self.centred else y
 
     def restore(self, y: Tensor) -> Tensor:
         """Standardised frames to frames in data units."""
@@ -86,8 +103,10 @@ class Scaling(nn.Module):
 
     def matches(self, other: "Scaling") -> bool:
         """Whether both maps are the same, to float32 rounding."""
-        return torch.allclose(self.mean.cpu(), other.mean.cpu(), atol=1e-6) and torch.allclose(
-            self.scale.cpu(), other.scale.cpu()
+        return (
+            self.centred == other.centred
+            and torch.allclose(self.mean.cpu(), other.mean.cpu(), atol=1e-6)
+            and torch.allclose(self.scale.cpu(), other.scale.cpu())
         )
 
 

@@ -99,7 +99,9 @@ class Replicas:
         parts: list[list[Tensor]] = [[] for _ in steps]
         frames = (self.x_0 if x_0 is None else x_0).to(self.model.scaling.scale.dtype)  # type: ignore[union-attr, arg-type]
         for chunk, x in enumerate(frames.split(BATCH_SIZE[self.device.type])):
-            normal = Normal(as_generator(self.seed, self.device, stream, chunk))
+            normal = Normal(
+                as_generator(self.seed, self.device, stream, chunk), scaling=self.model.scaling
+            )
             made = step.frames(self.model, x, self.n_int.to(x.dtype), max(steps), normal)
             for k, frame in enumerate(made, 1):
                 if not frame.isfinite().all():

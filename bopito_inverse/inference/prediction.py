@@ -263,7 +263,7 @@ class Prediction:
         starts = self._chunks()[chunk].to(self.dtype)
         x_0 = starts.repeat(2 * copies, *[1] * (starts.ndim - 1))
         generator = as_generator(self.seed, self.device, "prediction", chunk)
-        normal = Normal(generator, antithetic=True, copies=copies)
+        normal = Normal(generator, antithetic=True, copies=copies, scaling=self.model.scaling)
         yield x_0
         yield from self.step.frames(self.model, x_0, n_int, self.n_steps, normal)
 

@@ -11,7 +11,7 @@ import math
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,29 +33,47 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from bopito_inverse.arguments import as_generator
+from bopito_inverse.models.painn import PaiNN
 
 if TYPE_CHECKING:
     from bopito_inverse.models.train import TrainingConfig
 
 LOG_EVERY = 50
+VALIDATION_BATCHES = 4
 TITLES = {"EquilibriumScore": "s_eq", "BoPITOScore": "BoPITO", "ITOScore": "ITO"}
 Loss = Callable[[nn.Module, torch.Generator], Tensor]
 
 
 class _Training(pl.LightningModule):
-    """A score, its moving average, and a loss that draws its own batches on the device."""
+    """A score, its moving average, and losses that draw their own batches on the device.
 
-    def __init__(self, score: nn.Module, loss: Loss, config: "TrainingConfig", seed: int) -> None:
+    The first loss is what is trained on; the second, if there is one, is that of held-out data.
+    """
+
+    def __init__(
+        self, score: nn.Module, losses: Sequence[Loss], config: "TrainingConfig", seed: int
+    ) -> None:
         super().__init__()
         self.score = score
         self.average = AveragedModel(score, multi_avg_fn=_exponential(config.ema_decay))
-        self.loss = loss
+        self.loss, *rest = losses
+        self.validation = rest[0] if rest else None
         self.config = config
         self.seed = seed
 
     def training_step(self, batch: Any, index: int) -> Tensor:
         generator = as_generator(self.seed, self.device, "training", self.global_step)
         return self.loss(self.score, generator)
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Loss of the moving average on held-out data, always with the same random numbers."""
+        assert self.validation is not None
+        generators = (
+            as_generator(self.seed, self.device, "validation", i) for i in range(VALIDATION_BATCHES)
+        )
+        losses = [self.validation(self.average.module, generator) for generator in generators]
+        return float(torch.stack(losses).mean())
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -116,6 +134,44 @@ class _LossLog(pl.Callback):
                 file.write(f"{step},{float(outputs['loss']):.6g}\n")
 
 
+class _Validation(pl.Callback):
+    """Tries the moving average on held-out data, keeps the best and says when to stop."""
+
+    def __init__(self, path: Path | None, every: int, patience: int | None) -> None:
+        self.path = path
+        self.every = every
+        self.patience = patience
+        self.history: list[tuple[int, float]] = []
+        self.best: dict[str, Tensor] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know."""
+        return {"history": self.history, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.history, self.best = [tuple(row) for row in state["history"]], state["best"]
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any
+    ) -> None:
+        step = trainer.global_step
+        if step % self.every and step != trainer.max_steps:
+            return
+        loss = module.validation_loss()  # type: ignore[operator]
+        if not self.history or loss < min(loss for _, loss in self.history):
+            average = module.average.module.state_dict()  # type: ignore[union-attr, operator]
+            self.best = {key: value.detach().cpu().clone() for key, value in average.items()}
+        self.history.append((step, loss))
+        if self.path is not None:
+            rows = "".join(f"{step},{loss:.6g}\n" for step, loss in self.history)
+            self.path.write_text("step,loss\n" + rows)
+        losses = [loss for _, loss in self.history]
+        since_best = len(losses) - 1 - losses.index(min(losses))
+        if self.patience is not None and since_best >= self.patience:
+            trainer.should_stop = True
+
+
 class _Bar(pl.Callback):
     """Steps, times and the loss, which leaves the device only once in `LOG_EVERY` steps."""
 
@@ -166,7 +222,7 @@ class _StateIO(TorchCheckpointIO):
 
 def optimise(
     score: nn.Module,
-    loss: Loss,
+    losses: Sequence[Loss],
     config: "TrainingConfig",
     seed: int,
     device: torch.device,
@@ -176,18 +232,28 @@ def optimise(
 ) -> Any:
     """The moving average of `score` after `config.steps` steps, on the CPU, frozen.
 
+    With `patience` it is the one that was best on held-out data.
+
     Raises:
         ValueError: `folder` holds a run with other `settings`.
     """
     callbacks: list[pl.Callback] = []
     state = None
+    validation = None
+    if len(losses) > 1:
+        path = None if folder is None else folder / "validation.csv"
+        validation = _Validation(path, config.validate_every, config.patience)
+        callbacks.append(validation)  # before the state is kept
     if folder is not None:
         _claim(folder, settings)
         state = folder / "last.ckpt"
         callbacks += [_LossLog(folder / "metrics.csv"), _Keeper(state, config.checkpoint_every)]
     if progress:
         callbacks.append(_Bar(f"Training {TITLES.get(type(score).__name__, 'score')}"))
-    training = _Training(score, loss, config, seed)
+    training = _Training(score, losses, config, seed)
+    if config.compile:
+        for network in [part for part in score.modules() if isinstance(part, PaiNN)]:
+            network.compile_layers()
     with _quiet():
         trainer = pl.Trainer(
             max_steps=config.steps,
@@ -203,7 +269,10 @@ def optimise(
             enable_model_summary=False,
         )
         trainer.fit(training, ckpt_path=state if state is not None and state.exists() else None)
-    return training.average.module.cpu().eval().requires_grad_(False)
+    made = training.average.module.cpu().eval().requires_grad_(False)
+    if validation is not None and config.patience is not None:
+        made.load_state_dict(validation.best)
+    return made
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:

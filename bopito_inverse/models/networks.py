@@ -1,9 +1,9 @@
 r"""Networks: smooth functions of (x_t, t) or of (x_t, t, x_0, lag).
 
-Frames enter through Fourier features, t through the log signal-to-noise ratio and the lag through
-its logarithm, each with sines and cosines of bounded frequency, so that the output is smooth in all
-of them. What depends on (x_0, lag) alone is computed by `context`, once per move of a rollout, and
-not at every step of the solver.
+`MLP` is for frames of a few numbers, `painn.PaiNN` for molecules. The diffusion time t enters
+through the log signal-to-noise ratio and the lag through its logarithm, each with sines and cosines
+of bounded frequency, so that the output is smooth in both. What depends on (x_0, lag) alone is
+computed by `context`, once per move of a rollout, and not at every step of the solver.
 """
 
 import math
@@ -34,7 +34,7 @@ class Fourier(nn.Module):
 
 
 class MLP(nn.Module):
-    """Residual multilayer perceptron for frames of a few numbers.
+    """Residual multilayer perceptron for frames of a few numbers, in Fourier features.
 
     Args:
         event_shape: shape of a frame.

@@ -21,14 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from bopito_inverse.models.networks import MLP
+from bopito_inverse.models.painn import PaiNN
 from bopito_inverse.noise import Scaling, VPSchedule, per_replica
 
 BoundScore = Callable[[Tensor, Tensor], Tensor]
 """A score whose conditioning is fixed: (x_t (B, *event), t ()) -> eps (B, *event)."""
 
 
+NETWORKS: dict[str, Any] = {"mlp": MLP, "painn": PaiNN}
+
+
 class _NetworkScore(nn.Module):
-    """A network, the diffusion that it was trained on, and the standardisation of its frames."""
+    """A network, the diffusion that it was trained on, and the standardisation of its frames.
+
+    `network` holds the arguments of an `MLP`, or of a `PaiNN` with `kind = "painn"`.
+    """
 
     conditional: bool
 
@@ -43,7 +50,9 @@ class _NetworkScore(nn.Module):
         self.event_shape = tuple(event_shape)
         self.noise = noise or VPSchedule()
         self.scaling = _own(scaling or Scaling(), self.event_shape)
-        self.network = MLP(self.event_shape, self.conditional, **(network or {}))
+        arguments = {"kind": "mlp", **(network or {})}
+        kind = NETWORKS[arguments.pop("kind")]
+        self.network = kind(self.event_shape, self.conditional, **arguments)
 
     def config(self) -> dict[str, Any]:
         """All hyperparameters, as plain JSON values; `from_config` rebuilds the score."""
@@ -51,12 +60,18 @@ class _NetworkScore(nn.Module):
             "event_shape": list(self.event_shape),
             "network": self.network.config(),
             "noise": self.noise.config(),
+            "centred": self.scaling.centred,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "_NetworkScore":
         """An untrained score with these hyperparameters."""
-        return cls(tuple(config["event_shape"]), config["network"], VPSchedule(**config["noise"]))
+        return cls(
+            tuple(config["event_shape"]),
+            config["network"],
+            VPSchedule(**config["noise"]),
+            Scaling(centred=config.get("centred", False)),
+        )
 
 
 class EquilibriumScore(_NetworkScore):
@@ -112,7 +127,7 @@ def _own(scaling: Scaling, event_shape: tuple[int, ...]) -> Scaling:
         raise ValueError(
             f"scaling must have a mean of shape () or {event_shape}, got {tuple(mean.shape)}"
         )
-    return Scaling(mean.expand(event_shape).tolist(), float(scaling.scale))
+    return Scaling(mean.expand(event_shape).tolist(), float(scaling.scale), scaling.centred)
 
 
 class BoPITOScore(nn.Module):

@@ -22,37 +22,64 @@ which has no variance at all in a harmonic well.
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from bopito_inverse.arguments import Device, as_count, as_device, as_frames
 from bopito_inverse.datasets import Array, Frames, LaggedPairs, LagSampling, Trajectories
+from bopito_inverse.models.painn import PaiNN
 from bopito_inverse.models.scores import BoPITOScore, DynamicScore, EquilibriumScore, ITOScore
 from bopito_inverse.noise import Scaling, VPSchedule, per_replica
+from bopito_inverse.systems.molecules import Molecule
 
 Batch = tuple[Tensor, ...]
+Loss = Callable[[nn.Module, torch.Generator], Tensor]
 
 
 class NetworkConfig(BaseModel):
-    """Size of a network: `width`, `depth` and Fourier frequencies per input."""
+    """Size of a network: `width`, `depth`, Fourier frequencies per input, radial functions.
+
+    Width and depth are 128 and 3 by default, of molecules 64 and 5; only these have radial
+    functions.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    width: int = Field(default=128, ge=1)
-    depth: int = Field(default=3, ge=1)
+    width: int | None = Field(default=None, ge=1)
+    depth: int | None = Field(default=None, ge=1)
     n_frequencies: int = Field(default=8, ge=1)
+    n_radial: int = Field(default=8, ge=2)
+
+    def arguments(self, graph: dict[str, Any] | None) -> dict[str, Any]:
+        """What `scores` takes for a network; `graph` is that of a molecule (see `_graph`)."""
+        given = self.model_dump(exclude_none=True)
+        if graph is None:
+            del given["n_radial"]
+            return given
+        return given | graph
 
 
 class TrainingConfig(BaseModel):
     """Hyperparameters of one training run.
 
     The learning rate warms up over `warmup` steps and then falls to zero as a cosine; the moving
-    average starts as a plain average, so that it forgets the first steps.
+    average starts as a plain average, so that it forgets the first steps. `noise_start` is
+    log(alpha / sigma) at t = 0: details finer than exp(-noise_start) scales are not resolved. The
+    bonds of a molecule need 5.
+
+    With `validation`, that share of the data (of frames, or of whole trajectories) is held out, and
+    the moving average is tried on it every `validate_every` steps. With `patience`, training ends
+    when so many of these trials in a row were no better than the best before, and the best of the
+    tried scores is returned.
+
+    `compile` lets `torch.compile` fuse the layers of a molecular network, which halves the time of
+    a step after a minute of compiling; it needs a C++ compiler (on CUDA, Triton).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,8 +91,19 @@ class TrainingConfig(BaseModel):
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     gradient_clip: float = Field(default=1.0, gt=0)
     lag_sampling: LagSampling = "log_uniform"
+    noise_start: float = Field(default=4.0, gt=0)
+    validation: float = Field(default=0.0, ge=0, lt=1)
+    validate_every: int = Field(default=500, ge=1)
+    patience: int | None = Field(default=None, ge=1)
     checkpoint_every: int = Field(default=500, ge=1)
+    compile: bool = False
     network: NetworkConfig = NetworkConfig()
+
+    @model_validator(mode="after")
+    def _patience_fits(self) -> "TrainingConfig":
+        if self.patience is not None and self.validation == 0:
+            raise ValueError("patience needs data to try on: give validation a share above zero")
+        return self
 
 
 def train_equilibrium(
@@ -77,6 +115,7 @@ def train_equilibrium(
     device: Device | str = "auto",
     progress: bool = False,
     forces: Array | None = None,
+    molecule: Molecule | None = None,
 ) -> EquilibriumScore:
     """Train s_eq on equilibrium frames.
 
@@ -92,10 +131,13 @@ def train_equilibrium(
         forces: -grad U / kT at each frame (n, *event), in inverse data units: target score
             matching at low noise. It makes the shape of each well right, from few frames or wrongly
             weighted ones; how many frames are in which well still comes from frames and weights.
+            Frames with constrained bonds have no such forces along them: leave this out.
+        molecule: what the frames (n, n_atoms, 3) are of; the network is then equivariant.
 
     Raises:
-        ValueError: NaN or infinite frames, weights or forces that do not fit, unknown device, or a
-            folder that holds a run with other settings or data.
+        ValueError: NaN or infinite frames, weights or forces that do not fit, frames of another
+            number of atoms, forces for a molecule with constraints, unknown device, or a folder
+            that holds a run with other settings or data.
     """
     if isinstance(frames, Frames):
         if weights is not None:
@@ -106,25 +148,34 @@ def train_equilibrium(
     target = as_device(device)
     data = data.to(target)
     config = config or TrainingConfig()
-    scaling = _scaling_of(data)
-    score = _build(EquilibriumScore, data.event_shape, config, VPSchedule(), scaling, seed)
+    graph = _graph(molecule, data.event_shape)
+    score = _build(EquilibriumScore, data, config, graph, seed)
 
     known = [data.x, data.weights]
     g = stiffness = data.x.new_empty(0)
     if forces is not None:
-        g = as_frames("forces", forces, data.event_shape, target) * scaling.scale.to(target)
+        if molecule is not None and molecule.constraints is not None:
+            raise ValueError(
+                f"forces must be None for {molecule.name!r}, whose bonds are constrained: the "
+                "density is sharp along them, but the force field has no force there"
+            )
+        g = as_frames("forces", forces, data.event_shape, target) * score.scaling.scale.to(target)
         if len(g) != len(data):
             raise ValueError(f"forces must be as many as frames ({len(data)}), got {len(g)}")
         known.append(g)
         stiffness = (data.weights @ g.double().square().flatten(1).mean(1)).float()
 
-    def loss(score: nn.Module, generator: torch.Generator) -> Tensor:
-        drawn = data.draw(config.batch_size, generator)
-        force = None if forces is None else (g[drawn], stiffness)
-        return _velocity_loss(score, data.x[drawn], (), generator, force)
+    def loss_on(part: Frames, own: Tensor) -> Loss:
+        def loss(score: nn.Module, generator: torch.Generator) -> Tensor:
+            drawn = part.draw(config.batch_size, generator)
+            force = None if forces is None else (g[own[drawn]], stiffness)
+            return _velocity_loss(score, part.x[drawn], (), generator, force)
+
+        return loss
 
     source = {"data": _digest(*known)} if folder is not None else {}
-    return _optimise(score, loss, config, seed, target, folder, progress, source)
+    losses = [loss_on(data.take(rows), rows) for rows in _held_out(len(data), config, target)]
+    return _optimise(score, losses, config, seed, target, folder, progress, source)
 
 
 def train_bopito(
@@ -158,7 +209,7 @@ def train_bopito(
             f"got {trajectories.event_shape}"
         )
     config = config or TrainingConfig()
-    s_dyn = _build(DynamicScore, s_eq.event_shape, config, s_eq.noise, s_eq.scaling, seed)
+    s_dyn = _build_like(s_eq, config, seed)
     frozen = copy.deepcopy(s_eq).requires_grad_(False)
     bopito = BoPITOScore(frozen, s_dyn, lambda_hat, lag_max)
     return _train_on_pairs(bopito, trajectories, lag_max, config, seed, target, folder, progress)
@@ -172,12 +223,16 @@ def train_ito(
     folder: str | Path | None = None,
     device: Device | str = "auto",
     progress: bool = False,
+    molecule: Molecule | None = None,
 ) -> ITOScore:
-    """Train an implicit transfer operator, with no equilibrium prior; as `train_bopito`."""
+    """Train an implicit transfer operator, with no equilibrium prior.
+
+    Arguments and errors are those of `train_bopito`, and `molecule` of `train_equilibrium`.
+    """
     target = as_device(device)
     config = config or TrainingConfig()
-    scaling = _scaling_of(Frames(trajectories.frames))
-    score = _build(ITOScore, trajectories.event_shape, config, VPSchedule(), scaling, seed)
+    graph = _graph(molecule, trajectories.event_shape)
+    score = _build(ITOScore, Frames(trajectories.frames), config, graph, seed)
     return _train_on_pairs(score, trajectories, lag_max, config, seed, target, folder, progress)
 
 
@@ -192,12 +247,20 @@ def _train_on_pairs(
     progress: bool,
 ) -> Any:
     lag_max = as_count("lag_max", lag_max)
-    pairs = LaggedPairs(trajectories.to(device), lag_max, config.lag_sampling)
+    data = trajectories.to(device)
 
-    def loss(score: nn.Module, generator: torch.Generator) -> Tensor:
-        x_0, x, lag = pairs.sample(config.batch_size, generator)
-        x_0 = score.scaling.standardise(x_0)  # type: ignore[union-attr, operator]
-        return _velocity_loss(score, x, (x_0, lag), generator)
+    def loss_on(part: Trajectories) -> Loss:
+        pairs = LaggedPairs(part, lag_max, config.lag_sampling)
+
+        def loss(score: nn.Module, generator: torch.Generator) -> Tensor:
+            x_0, x, lag = pairs.sample(config.batch_size, generator)
+            x_0 = score.scaling.standardise(x_0)  # type: ignore[union-attr, operator]
+            return _velocity_loss(score, x, (x_0, lag), generator)
+
+        return loss
+
+    parts = [data.take(rows) for rows in _held_out(len(data), config, device)]
+    losses = [loss_on(part) for part in parts]
 
     source: dict[str, Any] = {"lag_max": lag_max}
     if folder is not None:
@@ -205,7 +268,7 @@ def _train_on_pairs(
         if isinstance(score, BoPITOScore):
             source["lambda_hat"] = score.lambda_hat
             source["s_eq"] = _digest(*score.s_eq.state_dict().values())
-    return _optimise(score, loss, config, seed, device, folder, progress, source)
+    return _optimise(score, losses, config, seed, device, folder, progress, source)
 
 
 def _velocity_loss(
@@ -221,6 +284,7 @@ def _velocity_loss(
     offsets = torch.rand(len(y), generator=generator, device=y.device)
     t = (torch.arange(len(y), device=y.device) + offsets) / len(y)
     eps = torch.randn(y.shape, generator=generator, device=y.device)
+    eps = score.scaling.project(eps)  # type: ignore[union-attr, operator]
     alpha, sigma = per_replica(noise.alpha(t), y), per_replica(noise.sigma(t), y)
     eps_hat = score(alpha * y + sigma * eps, t, *condition)
     if force is None:
@@ -231,26 +295,76 @@ def _velocity_loss(
     return (((1 - c) * eps - c * ratio * g - eps_hat) / alpha).square().mean()
 
 
+def _graph(molecule: Molecule | None, event_shape: tuple[int, ...]) -> dict[str, Any] | None:
+    """What a network must know of a molecule: kind of network, atom types and bonds."""
+    if molecule is None:
+        return None
+    if event_shape != molecule.event_shape:
+        raise ValueError(
+            f"frames of {molecule.name!r} must have shape {molecule.event_shape}, got {event_shape}"
+        )
+    types, bonds = molecule.atom_types.tolist(), molecule.bonds.tolist()
+    return {"kind": "painn", "atom_types": types, "bonds": bonds}
+
+
 def _build(
-    kind: type,
-    event_shape: tuple[int, ...],
-    config: TrainingConfig,
-    noise: VPSchedule,
-    scaling: Scaling,
-    seed: int,
+    kind: type, data: Frames, config: TrainingConfig, graph: dict[str, Any] | None, seed: int
 ) -> Any:
-    """A score with initial parameters drawn from `seed`, the global random state untouched."""
+    """A score with initial parameters drawn from `seed`, and the distances of the frames."""
+    noise = VPSchedule(start=config.noise_start)
+    scaling = _scaling_of(data, centred=graph is not None)
+    score = _drawn(kind, data.event_shape, config.network.arguments(graph), noise, scaling, seed)
+    if isinstance(score.network, PaiNN):
+        score.network.learn_distances(scaling.to(data.x.device).standardise(data.x), data.weights)
+    return score
+
+
+def _build_like(s_eq: EquilibriumScore, config: TrainingConfig, seed: int) -> DynamicScore:
+    """A dynamic score of the same diffusion and molecule."""
+    own = s_eq.network
+    graph = None
+    if isinstance(own, PaiNN):
+        graph = {key: own.config()[key] for key in ("kind", "atom_types", "bonds")}
+    arguments = config.network.arguments(graph)
+    score = _drawn(DynamicScore, s_eq.event_shape, arguments, s_eq.noise, s_eq.scaling, seed)
+    if isinstance(own, PaiNN):
+        score.network.pair_mean.copy_(own.pair_mean)
+        score.network.pair_std.copy_(own.pair_std)
+    return score
+
+
+def _drawn(kind: type, *arguments: Any) -> Any:
+    """A score, the last argument being the seed; the global random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return kind(event_shape, config.network.model_dump(), noise, scaling)
+        torch.default_generator.manual_seed(arguments[-1])
+        return kind(*arguments[:-1])
 
 
-def _scaling_of(frames: Frames) -> Scaling:
+def _held_out(n: int, config: TrainingConfig, device: torch.device) -> list[Tensor]:
+    """Rows to train on and, where asked for, rows to validate on, spread evenly."""
+    rows = torch.arange(n, device=device)
+    if config.validation == 0:
+        return [rows]
+    out = (rows + 1) * config.validation % 1 < config.validation - 1e-9
+    if out.all() or not out.any():
+        raise ValueError(
+            f"validation must leave something to train on and to validate on, got a share of "
+            f"{config.validation:g} of {n}"
+        )
+    return [rows[~out], rows[out]]
+
+
+def _scaling_of(frames: Frames, centred: bool) -> Scaling:
     """Mean of each component and one scale for all, so that directions are not distorted."""
-    scale = float(frames.std().square().mean().sqrt())
-    if scale == 0:
+    if centred:
+        x = Scaling(centred=True).to(frames.x.device).standardise(frames.x)
+        mean: Any = 0.0
+        variance = frames.weights @ x.double().square().flatten(1).mean(1)
+    else:
+        mean, variance = frames.mean().tolist(), frames.std().square().mean()
+    if not variance > 0:
         raise ValueError("frames must differ from each other, got frames that are all equal")
-    return Scaling(frames.mean().tolist(), scale)
+    return Scaling(mean, math.sqrt(variance), centred)
 
 
 def _digest(*tensors: Tensor) -> str:
@@ -263,7 +377,7 @@ def _digest(*tensors: Tensor) -> str:
 
 def _optimise(
     score: nn.Module,
-    loss: Callable[[nn.Module, torch.Generator], Tensor],
+    losses: list[Loss],
     config: TrainingConfig,
     seed: int,
     device: torch.device,
@@ -278,4 +392,4 @@ def _optimise(
     noise = score.noise.config()  # type: ignore[union-attr, operator]
     settings = {"score": kind, "seed": seed, "noise": noise, "training": training, **source}
     where = None if folder is None else Path(folder)
-    return optimise(score, loss, config, seed, device, where, progress, settings)
+    return optimise(score, losses, config, seed, device, where, progress, settings)

@@ -161,7 +161,7 @@ def _noises(
     s_eq.to(target)
     batch = BATCH_SIZE[target.type]
     for i, first in enumerate(range(0, n, batch)):
-        normal = Normal(as_generator(seed, target, "boltzmann", i))
+        normal = Normal(as_generator(seed, target, "boltzmann", i), scaling=s_eq.scaling)
         yield normal(torch.empty(min(batch, n - first), *s_eq.event_shape, device=target)), normal  # type: ignore[misc]
 
 

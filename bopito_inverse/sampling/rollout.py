@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from bopito_inverse.arguments import as_count, as_positive
 from bopito_inverse.interpolator import Interpolator
-from bopito_inverse.noise import per_replica
+from bopito_inverse.noise import Scaling, per_replica
 from bopito_inverse.sampling.solvers import DPMSolver, NormalDraw, Solver
 
 
@@ -39,12 +39,18 @@ class Normal:
             half, which cancels the odd part of the Monte Carlo error.
         copies: the batch holds this many copies of the same replicas (for example at several
             n_int), one after the other, and all copies get the same numbers.
+        scaling: that of the frames; noise of molecules has no centroid.
     """
 
     def __init__(
-        self, generator: torch.Generator, antithetic: bool = False, copies: int = 1
+        self,
+        generator: torch.Generator,
+        antithetic: bool = False,
+        copies: int = 1,
+        scaling: Scaling | None = None,
     ) -> None:
         self.generator = generator
+        self.scaling = scaling or Scaling()
         self.antithetic = antithetic
         self.copies = copies
 
@@ -61,6 +67,7 @@ class Normal:
         )
         if self.antithetic:
             z = torch.cat([z, -z])
+        z = self.scaling.project(z)
         return z if self.copies == 1 else z.repeat(self.copies, *[1] * (z.ndim - 1))
 
 

@@ -102,7 +102,7 @@ def sample(
     shape = (len(first), n_steps + 1, *first.shape[1:])
 
     def fill(frames: np.ndarray, block: _Block) -> None:
-        normal = Normal(as_generator(seed, target, "sample", block.stream))
+        normal = Normal(as_generator(seed, target, "sample", block.stream), scaling=model.scaling)
         x_0 = torch.from_numpy(np.array(frames[block.rows, block.first])).to(target)
         count = block.last - block.first
         steps = step.frames(model, x_0, n[block.rows].to(target), count, normal)

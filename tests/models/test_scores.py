@@ -153,6 +153,7 @@ def test_defaults_are_written_out() -> None:
         "event_shape": [1],
         "network": {"width": 128, "depth": 3, "n_frequencies": 8},
         "noise": {"start": VPSchedule().start, "end": VPSchedule().end},
+        "centred": False,
     }
 
 
