@@ -1,10 +1,11 @@
-r"""Figures for papers: correlations, the posterior, transition densities, stationary densities.
+r"""Figures for papers: correlations, the posterior, densities in one dimension and of dihedrals.
 
 Each function returns a `matplotlib.figure.Figure`, made without pyplot: nothing is shown, no
 backend is chosen and no global setting changes. Widths are those of journal columns. Colours are
 from the palette of Okabe and Ito, which readers with any colour vision can tell apart, and one
 colour means one thing in all figures: blue the corrected model, vermillion (dashed) the
 uncorrected one, black the truth. Legends stand outside the axes, where they cannot cover data.
+Angles are given in rad and shown in degrees.
 
 In a notebook, `%matplotlib inline` shows a figure that is the last expression of a cell.
 """
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
@@ -24,6 +27,10 @@ DPI = 200
 HDI_PROB = 0.94
 LOG_SPAN = 30.0  # posterior draws that span more than this factor get a logarithmic axis
 FRAMES = "frames"
+TRUTH = ("exact", "MD")
+DECADES = 4.0  # of a density of dihedrals that its colours span
+DENSITY_MAP = "magma_r"
+RIGHT_ANGLES = (-180, -90, 0, 90, 180)  # ticks of an angle
 
 OKABE_ITO = {
     "black": "#000000",
@@ -39,11 +46,12 @@ GREY = "#7F7F7F"
 PALE = "#D9D9D9"
 MEANING = {
     "exact": OKABE_ITO["black"],
+    "MD": OKABE_ITO["black"],
     "corrected": OKABE_ITO["blue"],
     "uncorrected": OKABE_ITO["vermillion"],
 }
 OTHERS = tuple(OKABE_ITO[name] for name in ("green", "orange", "purple", "sky"))
-DASHES = {"uncorrected": (0, (4, 1.5)), "exact": "-", "corrected": "-"}
+DASHES = {"uncorrected": (0, (4, 1.5)), "exact": "-", "MD": "-", "corrected": "-"}
 OTHER_DASHES = ((0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
 
 LEGEND = (  # order of the entries; others follow
@@ -78,6 +86,7 @@ STYLE: Any = {  # rcParams, for `rc_context`
 
 Curve = ArrayLike | tuple[ArrayLike, ArrayLike]
 Density = ArrayLike | tuple[ArrayLike, ArrayLike]
+Torsions = ArrayLike | tuple[ArrayLike, ArrayLike]
 
 
 @rc_context(STYLE)
@@ -90,6 +99,7 @@ def correlation_figure(
     lag_label: str = "lag / frames",
     ylabel: str = "C(lag)",
     fitted_mask: ArrayLike | None = None,
+    truth: str = "exact",
 ) -> Figure:
     """Measured and fitted correlation function, one column wide.
 
@@ -104,6 +114,7 @@ def correlation_figure(
         ylabel: label of the correlation axis.
         fitted_mask: which measured points were fitted, (L,) of bool; the others are drawn as open
             symbols. By default all were.
+        truth: what the legend calls `exact`, for example `MD`.
 
     Raises:
         ValueError: arrays of the wrong shape, values that are not finite, negative sigma, a band
@@ -114,7 +125,7 @@ def correlation_figure(
     mask = _mask(x, fitted_mask)
     figure, (ax,) = _figure(SINGLE, 2.8)
     if exact is not None:
-        ax.plot(*_curve("exact", x, exact), color=MEANING["exact"], lw=0.8, label="exact")
+        ax.plot(*_curve("exact", x, exact), color=MEANING["exact"], lw=0.8, label=truth)
     if uncorrected is not None:
         curve = _curve("uncorrected", x, uncorrected)
         ax.plot(*curve, **_line("uncorrected"), label="uncorrected model")
@@ -133,8 +144,9 @@ def correlation_figure(
 def posterior_figure(
     draws: Mapping[str, ArrayLike],
     lag_max: float | None = None,
-    exact_timescale: float | None = None,
+    exact_timescale: float | tuple[float, float] | None = None,
     prior: Any = None,
+    truth: str = "exact",
 ) -> Figure:
     """Posterior of N_int, of the weight and of the implied timescale, two columns wide.
 
@@ -147,8 +159,10 @@ def posterior_figure(
         draws: `n_int` and `timescale` in frames and `weight`, of any shape; `n_int` and `timescale`
             may be infinite.
         lag_max: N_max in frames, marked in the panel of N_int.
-        exact_timescale: the true timescale in frames, marked in its panel.
+        exact_timescale: the true timescale in frames, marked in its panel; or a pair of it and its
+            standard error, drawn as a band.
         prior: frozen `scipy.stats` distribution of N_int, as in `fit`, drawn in the panel of N_int.
+        truth: what the legend calls the true timescale, for example `MD`.
 
     Raises:
         ValueError: draws that are missing, empty or NaN; a prior without a density.
@@ -169,8 +183,10 @@ def posterior_figure(
     if lag_max is not None:
         axes[0].axvline(_number("lag_max", lag_max), color=GREY, ls=":", label=r"$N_\mathrm{max}$")
     if exact_timescale is not None:
-        truth = _number("exact_timescale", exact_timescale)
-        axes[2].axvline(truth, color=MEANING["exact"], lw=0.8, label="exact timescale")
+        pair = exact_timescale if isinstance(exact_timescale, tuple) else (exact_timescale, 0.0)
+        value, error = (_number("exact_timescale", part) for part in pair)
+        axes[2].axvline(value, color=MEANING["exact"], lw=0.8, label=f"{truth} timescale")
+        axes[2].axvspan(value - error, value + error, color=PALE, lw=0, zorder=0)
     if prior is not None:
         _draw_prior(axes[0], prior)
     _legend(figure, columns=6)
@@ -228,11 +244,103 @@ def transition_figure(
 
 
 @rc_context(STYLE)
+def ramachandran_figure(
+    rows: Mapping[str, Sequence[Torsions]],
+    titles: Sequence[str],
+    start: ArrayLike | None = None,
+    bins: int = 60,
+) -> Figure:
+    """Densities of phi and psi: a row for each model, panels as titled, for example lags.
+
+    Each panel is a histogram in two dimensions, on a logarithmic colour scale that all panels share
+    and that ends four decades below the highest density: rarer bins have its last colour. White
+    where there is no frame.
+
+    Args:
+        rows: for each name (`uncorrected`, `corrected`, `MD`, or others) one sample per title:
+            angles phi and psi in rad, (n, 2), or a pair (angles, weights), weights (n,).
+        titles: of the columns.
+        start: phi and psi at lag 0 in rad, (2,), marked in each panel.
+        bins: bins per angle.
+
+    Raises:
+        ValueError: samples that are missing or empty, angles beyond pi (degrees?), bad weights.
+    """
+    _check_rows(rows)
+    if not len(titles):
+        raise ValueError("titles must hold at least one title, got none")
+    if start is not None:
+        _check_angles("start", _vector("start", start, 2))
+    width = DOUBLE if len(titles) > 2 else SINGLE
+    figure, axes = _figure(width, 2.0 + len(rows), len(rows), len(titles))
+    panels: list[np.ndarray] = []
+    for name, samples in rows.items():
+        if len(samples) != len(titles):
+            raise ValueError(f"rows[{name!r}] must hold {len(titles)} samples (one per title), "
+                             f"got {len(samples)}")  # fmt: skip
+        panels += [_torsions(f"rows[{name!r}][{k}]", part, bins) for k, part in enumerate(samples)]
+    scale = LogNorm(*_color_range(panels))
+    for ax, panel in zip(axes, panels, strict=True):
+        _draw_torsions(ax, panel, scale, start)
+        _degrees(ax.xaxis, every=1 if width / len(titles) > 1.9 else 2)
+        _degrees(ax.yaxis, every=1 if width / len(titles) > 1.3 else 2)
+    table = axes.reshape(len(rows), len(titles))
+    for line, (name, style) in zip(table, _styles(rows).items(), strict=True):
+        line[0].set_ylabel(name, color=style["color"], fontweight="bold")
+    for ax, title in zip(table[0], titles, strict=True):
+        ax.set_title(title)
+    figure.supxlabel("φ / degrees")
+    figure.supylabel("ψ / degrees")
+    bar = figure.colorbar(axes[0].collections[0], ax=list(axes), aspect=16 * len(rows), pad=0.02)
+    bar.set_label("density / rad$^{-2}$")
+    bar.ax.tick_params(labelsize=7.5, width=0.6, length=2.5)
+    bar.ax.tick_params(which="minor", width=0.4, length=1.5)
+    _legend(figure, columns=1)
+    _make_square(figure, axes[0], len(rows))
+    return figure
+
+
+@rc_context(STYLE)
+def free_energy_figure(
+    rows: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]],
+    angle_label: str = "φ / degrees",
+    ylabel: str = "free energy / kT",
+) -> Figure:
+    """Free-energy profiles along an angle with bands of one standard error, one column wide.
+
+    Args:
+        rows: for each name (`uncorrected`, `corrected`, `MD`, or others) three arrays (G,): angle
+            in rad, increasing, free energy and its standard error. Where the free energy is
+            infinite or NaN (nothing was seen there) the curve is interrupted. Profiles are drawn
+            as they are, so give them a common zero.
+        angle_label: label of the angle axis.
+        ylabel: label of the other axis, with the unit.
+
+    Raises:
+        ValueError: arrays of the wrong shape, angles beyond pi, free energies that are nowhere
+            finite, errors that are negative or not finite where the free energy is.
+    """
+    _check_rows(rows)
+    figure, (ax,) = _figure(SINGLE, 2.5)
+    for name, style in _styles(rows).items():
+        angle, energy, error = _profile(f"rows[{name!r}]", rows[name])
+        color, width = style["color"], 0.8 if name in TRUTH else 1.3
+        ax.fill_between(angle, energy - error, energy + error, color=color, alpha=0.25, lw=0)
+        ax.plot(angle, energy, lw=width, label=name, **style)
+    ax.fill_between([], [], color=GREY, alpha=0.25, lw=0, label="± 1 standard error")
+    _degrees(ax.xaxis)
+    ax.set(xlim=(-180, 180), xlabel=angle_label, ylabel=ylabel)
+    _legend(figure, columns=2)
+    return figure
+
+
+@rc_context(STYLE)
 def stationary_figure(
     grid: ArrayLike,
     exact: ArrayLike,
     rows: Mapping[str, Density],
     position_label: str = "x / reduced units",
+    truth: str = "exact",
 ) -> Figure:
     """Stationary densities of models beside the exact one, one column wide.
 
@@ -242,16 +350,17 @@ def stationary_figure(
         rows: for each name a density: its values on `grid`, (G,), or a pair (density, edges) as
             from `numpy.histogram`.
         position_label: label of the position axis, with the unit.
+        truth: what the legend calls `exact`, for example `MD`.
 
     Raises:
         ValueError: arrays of the wrong shape, densities that are negative or not finite, no rows.
     """
     x = _increasing("grid", grid)
     _check_rows(rows)
-    truth = _density("exact", x, exact)[1]
+    known = _density("exact", x, exact)[1]
     figure, (ax,) = _figure(SINGLE, 2.5)
-    ax.fill_between(x, truth, color=PALE, lw=0)
-    ax.plot(x, truth, color=MEANING["exact"], lw=0.8, label="exact")
+    ax.fill_between(x, known, color=PALE, lw=0)
+    ax.plot(x, known, color=MEANING["exact"], lw=0.8, label=truth)
     for name, style in _styles(rows).items():
         _draw_density(ax, *_density(f"rows[{name!r}]", x, rows[name]), style, label=name)
     unit = _inverse_unit(position_label)
@@ -421,6 +530,40 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
+def _color_range(panels: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Lowest and highest density of panels, at most `DECADES` apart."""
+    highest = max(panel.max() for panel in panels)
+    lowest = min(panel[panel > 0].min() for panel in panels)
+    return max(lowest, highest / 10**DECADES), highest
+
+
+def _draw_torsions(ax: Axes, panel: np.ndarray, scale: LogNorm, start: Any) -> None:
+    """Density (bins, bins) of phi and psi, white where it is zero."""
+    edges = np.linspace(-180, 180, len(panel) + 1)
+    density = np.ma.masked_equal(panel.T, 0)
+    ax.pcolormesh(edges, edges, density, norm=scale, cmap=DENSITY_MAP, rasterized=True)
+    if start is not None:
+        phi, psi = np.degrees(start)
+        ax.plot(phi, psi, "ko", ms=4.5, mfc="white", mew=0.9, label="start")
+    ax.set(xlim=(-180, 180), ylim=(-180, 180))
+    ax.spines[["top", "right"]].set_visible(True)
+
+
+def _degrees(axis: Axis, every: int = 1) -> None:
+    """Ticks at right angles over the whole circle, every first or second with its number."""
+    axis.set_ticks(RIGHT_ANGLES[::every])
+    axis.set_ticks(RIGHT_ANGLES, minor=True)
+    axis.set_tick_params(which="minor", width=0.6, length=2.5)
+
+
+def _make_square(figure: Figure, ax: Axes, n_rows: int) -> None:
+    """Change the height of a figure so that its panels, all like `ax`, are square."""
+    figure.draw_without_rendering()
+    panel = ax.get_window_extent()
+    missing = n_rows * (panel.width - panel.height) / figure.dpi
+    figure.set_figheight(figure.get_figheight() + missing)
+
+
 def _inverse_unit(label: str) -> str:
     """` / (unit)^-1` for an axis label `quantity / unit`."""
     _, slash, unit = label.partition(" / ")
@@ -506,6 +649,47 @@ def _draws(name: str, draws: Mapping[str, ArrayLike]) -> np.ndarray:
     if len(value) == 0 or np.isnan(value).any() or np.isneginf(value).any():
         raise ValueError(f"draws[{name!r}] must be numbers or +inf, got none, NaN or -inf")
     return value
+
+
+def _torsions(name: str, sample: Any, bins: int) -> np.ndarray:
+    """Density of phi and psi on a grid of bins, rad^-2, (bins, bins)."""
+    weighted = isinstance(sample, tuple) and len(sample) == 2 and np.ndim(sample[0]) == 2
+    angles = np.asarray(sample[0] if weighted else sample, dtype=np.float64)
+    if angles.ndim != 2 or angles.shape[1] != 2 or len(angles) == 0:
+        raise ValueError(f"{name} must hold phi and psi, shape (n, 2), n > 0, got {angles.shape}")
+    _check_angles(name, angles)
+    weights = _vector(f"weights of {name}", sample[1], len(angles)) if weighted else None
+    if weights is not None and ((weights < 0).any() or not weights.sum() > 0):
+        raise ValueError(f"weights of {name} must be positive or zero, got {weights.min()}")
+    phi, psi = angles.clip(-np.pi, np.pi).T
+    limits = [(-np.pi, np.pi)] * 2
+    return np.histogram2d(phi, psi, bins, limits, density=True, weights=weights)[0]
+
+
+def _profile(name: str, profile: Sequence[ArrayLike]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Angle in degrees, free energy, NaN where it is not finite, and standard error."""
+    if len(profile) != 3:
+        raise ValueError(f"{name} must be (angle, energy, error), got {len(profile)} arrays")
+    angle = _increasing(f"angles of {name}", profile[0])
+    _check_angles(f"angles of {name}", angle)
+    energy, error = (np.array(part, dtype=np.float64) for part in profile[1:])
+    if energy.shape != angle.shape or error.shape != angle.shape:
+        raise ValueError(f"{name} must hold arrays of shape {angle.shape}, got {energy.shape} and "
+                         f"{error.shape}")  # fmt: skip
+    seen = np.isfinite(energy)
+    if not seen.any():
+        raise ValueError(f"{name} must be finite somewhere, got no finite free energy")
+    if not (error[seen] >= 0).all() or np.isinf(error[seen]).any():
+        raise ValueError(f"errors of {name} must be finite and not negative, got "
+                         f"{error[seen].min()} to {error[seen].max()}")  # fmt: skip
+    energy[~seen] = np.nan
+    return np.degrees(angle), energy, error
+
+
+def _check_angles(name: str, angles: np.ndarray) -> None:
+    if not (abs(angles) <= np.pi + 1e-5).all():
+        raise ValueError(f"{name} must be angles in rad, from -pi to pi, got {angles.min():g} to "
+                         f"{angles.max():g}")  # fmt: skip
 
 
 def _density(name: str, grid: np.ndarray, value: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -13,12 +13,13 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.lines import Line2D
-from matplotlib.patches import StepPatch
+from matplotlib.patches import Rectangle, StepPatch
 from scipy import stats
 
 from bopito_inverse import plots
@@ -81,11 +82,37 @@ def rows(exact: TransferOperator, cut: TransferOperator) -> dict[str, list[Any]]
 
 
 @pytest.fixture(scope="module")
+def torsions() -> dict[str, list[Any]]:
+    """Samples of phi and psi for three lags, some of them weighted."""
+    rng = np.random.default_rng(4)
+
+    def around(phi: float, psi: float, n: int) -> np.ndarray:
+        return (rng.normal([phi, psi], 0.4, (n, 2)) + np.pi) % (2 * np.pi) - np.pi
+
+    return {
+        "corrected": [around(-1.5, 2.8, n) for n in (100, 200, 300)],
+        "MD": [(around(-1.5, 2.8, 400), np.linspace(0, 1, 400)) for _ in range(3)],
+    }
+
+
+@pytest.fixture(scope="module")
+def profiles() -> dict[str, tuple[np.ndarray, ...]]:
+    angle = np.linspace(-3, 3, 31)
+    energy = 5 - 5 * np.cos(angle + 1)
+    return {
+        "uncorrected": (angle[:12], energy[:12] + 1, np.full(12, 0.5)),
+        "MD": (angle, np.where(abs(angle - 1) < 0.35, np.inf, energy), 0.1 + 0.05 * angle**2),
+    }
+
+
+@pytest.fixture(scope="module")
 def figures(
     curves: dict[str, Any],
     draws: dict[str, np.ndarray],
     rows: dict[str, list[Any]],
     exact: TransferOperator,
+    torsions: dict[str, list[Any]],
+    profiles: dict[str, tuple[np.ndarray, ...]],
 ) -> dict[str, Figure]:
     return {
         "correlation": plots.correlation_figure(**curves),
@@ -94,10 +121,17 @@ def figures(
         "stationary": plots.stationary_figure(
             exact.grid, exact.stationary, {name: row[0] for name, row in rows.items()}
         ),
+        "ramachandran": plots.ramachandran_figure(
+            torsions, [f"lag {lag} ps" for lag in (1, 10, 100)], start=(-1.4, 1.2), bins=30
+        ),
+        "free energy": plots.free_energy_figure(profiles),
     }
 
 
-EVERY = pytest.mark.parametrize("name", ["correlation", "posterior", "transition", "stationary"])
+EVERY = pytest.mark.parametrize(
+    "name",
+    ["correlation", "posterior", "transition", "stationary", "ramachandran", "free energy"],
+)
 
 
 def line(ax: Axes, label: str) -> Line2D:
@@ -404,6 +438,156 @@ def test_bad_tables_are_refused(exact: TransferOperator) -> None:
         plots.stationary_figure(exact.grid, mu, {str(k): mu for k in range(9)})
 
 
+# dihedrals
+
+
+def mesh(ax: Axes) -> QuadMesh:
+    (found,) = [item for item in ax.collections if isinstance(item, QuadMesh)]
+    return found
+
+
+def test_a_panel_is_the_density_of_its_sample(
+    torsions: dict[str, list[Any]], figures: dict[str, Figure]
+) -> None:
+    panels = np.array(figures["ramachandran"].axes[:6]).reshape(2, 3)
+    cell = np.radians(12) ** 2
+    for name, line_of_panels in zip(torsions, panels, strict=True):
+        assert line_of_panels[0].get_ylabel() == name
+        for ax, sample in zip(line_of_panels, torsions[name], strict=True):
+            angles, weights = sample if name == "MD" else (sample, np.ones(len(sample)))
+            shown = mesh(ax).get_array()
+            assert shown.filled(0).sum() * cell == pytest.approx(1)
+            phi, psi = np.floor((np.degrees(angles) + 180) / 12).astype(int).T
+            expected = np.zeros((30, 30))
+            np.add.at(expected, (psi, phi), weights)  # psi upwards, phi to the right
+            np.testing.assert_allclose(shown.filled(0) * cell, expected / weights.sum(), atol=1e-12)
+            np.testing.assert_array_equal(shown.mask, expected == 0)
+            corners = mesh(ax).get_coordinates()[[0, -1], [0, -1]]
+            np.testing.assert_allclose(corners, [[-180, -180], [180, 180]])
+
+
+def test_panels_share_colours_and_mark_the_start(figures: dict[str, Figure]) -> None:
+    *panels, bar = figures["ramachandran"].axes
+    shown = np.concatenate([mesh(ax).get_array().compressed() for ax in panels])
+    assert {mesh(ax).norm for ax in panels} == {mesh(panels[0]).norm}
+    assert mesh(panels[0]).norm.vmax == shown.max()
+    assert mesh(panels[0]).norm.vmin == max(shown.min(), shown.max() / 1e4)
+    assert bar.get_yscale() == "log"
+    for ax in panels:
+        np.testing.assert_allclose(line(ax, "start").get_xydata(), np.degrees([[-1.4, 1.2]]))
+
+
+def test_panels_are_square_with_ticks_at_right_angles(figures: dict[str, Figure]) -> None:
+    figure = figures["ramachandran"]
+    figure.draw_without_rendering()
+    titles = [ax.get_title() for ax in figure.axes[:3]]
+    assert titles == ["lag 1 ps", "lag 10 ps", "lag 100 ps"]
+    for ax in figure.axes[:6]:
+        box = ax.get_window_extent()
+        assert box.width == pytest.approx(box.height, rel=0.01)
+        assert ax.get_xlim() == ax.get_ylim() == (-180, 180)
+        for axis in (ax.xaxis, ax.yaxis):
+            assert axis.get_ticklocs().tolist() == [-180, -90, 0, 90, 180]
+
+
+@pytest.mark.parametrize("columns", [1, 2, 5])
+def test_numbers_of_ticks_do_not_touch(columns: int) -> None:
+    figure = plots.ramachandran_figure({"MD": [np.ones((5, 2))] * columns}, ["lag"] * columns)
+    figure.draw_without_rendering()
+    numbers = [
+        label.get_window_extent()
+        for ax in figure.axes[:columns]
+        for axis in (ax.xaxis, ax.yaxis)
+        for label in axis.get_ticklabels(which="both")
+        if label.get_visible() and label.get_text()
+    ]
+    assert len(numbers) >= 6
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(numbers, 2))
+
+
+def test_rare_frames_do_not_stretch_the_colours() -> None:
+    weighted = (np.array([[-1.5, 1.0], [1.0, 1.0]]), [1, 1e-30])
+    shown = mesh(plots.ramachandran_figure({"MD": [weighted]}, ["umbrella"]).axes[0])
+    assert shown.get_array().count() == 2
+    assert shown.norm.vmax / shown.norm.vmin == pytest.approx(1e4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": {}}, "rows must hold"),
+        ({"titles": []}, "titles must hold"),
+        ({"titles": ["a", "b"]}, r"rows\['MD'\] must hold 2 samples"),
+        ({"rows": {"MD": [np.zeros((0, 2))]}}, r"rows\['MD'\]\[0\] must hold phi and psi"),
+        ({"rows": {"MD": [np.zeros((4, 3))]}}, "must hold phi and psi"),
+        ({"rows": {"MD": [np.full((4, 2), 90.0)]}}, "must be angles in rad.*got 90 to 90"),
+        ({"rows": {"MD": [np.full((4, 2), np.nan)]}}, "must be angles in rad"),
+        ({"rows": {"MD": [(np.zeros((4, 2)), np.ones(3))]}}, "weights of .* must have shape"),
+        ({"rows": {"MD": [(np.zeros((2, 2)), [1, -1])]}}, "weights of .* must be positive"),
+        ({"rows": {"MD": [(np.zeros((2, 2)), [0, 0])]}}, "weights of .* must be positive"),
+        ({"start": (-60, 60)}, "start must be angles in rad"),
+        ({"start": 1.0}, "start must have shape"),
+    ],
+)
+def test_bad_dihedrals_are_refused(change: dict[str, Any], message: str) -> None:
+    good = {"rows": {"MD": [np.zeros((4, 2))]}, "titles": ["lag"]}
+    with pytest.raises(ValueError, match=message):
+        plots.ramachandran_figure(**good | change)
+
+
+def test_profiles_with_their_errors(
+    profiles: dict[str, tuple[np.ndarray, ...]], figures: dict[str, Figure]
+) -> None:
+    ax = figures["free energy"].axes[0]
+    bands = [item for item in ax.collections if item.get_paths()]
+    for drawn, (name, (angle, energy, error)) in zip(bands, profiles.items(), strict=True):
+        seen = np.isfinite(energy)
+        expected = np.c_[np.degrees(angle), np.where(seen, energy, np.nan)]
+        np.testing.assert_allclose(line(ax, name).get_xydata(), expected)
+        assert len(drawn.get_paths()) == (2 if name == "MD" else 1)  # interrupted
+        corners = np.concatenate([path.vertices for path in drawn.get_paths()])
+        edges = np.r_[energy[seen] - error[seen], energy[seen] + error[seen]]
+        np.testing.assert_allclose(np.unique(corners[:, 1]), np.unique(edges))
+    assert line(ax, "uncorrected").is_dashed()
+    assert line(ax, "MD").get_linewidth() < 1
+    assert legend_labels(figures["free energy"]) == ["uncorrected", "MD", "± 1 standard error"]
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        ((LAGS[:3] / 1e3, LAGS[:3]), "must be .angle, energy, error., got 2"),
+        ((LAGS[:3], LAGS[:3], LAGS[:3]), "angles of .* must be angles in rad"),
+        ((-LAGS[:3] / 1e3, LAGS[:3], LAGS[:3]), "angles of .* must increase"),
+        ((LAGS[:3] / 1e3, LAGS[:2], LAGS[:3]), r"arrays of shape \(3,\), got \(2,\)"),
+        ((LAGS[:3] / 1e3, LAGS[:3] * np.inf, LAGS[:3]), "must be finite somewhere"),
+        ((LAGS[:3] / 1e3, LAGS[:3], -LAGS[:3]), "errors of .* must be finite and not negative"),
+        ((LAGS[:3] / 1e3, LAGS[:3], LAGS[:3] * np.nan), "errors of .* must be finite"),
+        ((LAGS[:3] / 1e3, LAGS[:3], LAGS[:3] * np.inf), "errors of .* must be finite"),
+    ],
+)
+def test_bad_profiles_are_refused(profile: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plots.free_energy_figure({"corrected": profile})
+
+
+# where MD is the truth
+
+
+def test_the_truth_is_called_what_it_is(
+    curves: dict[str, Any], draws: dict[str, np.ndarray], exact: TransferOperator
+) -> None:
+    ax = plots.correlation_figure(**curves, truth="MD").axes[0]
+    np.testing.assert_allclose(line(ax, "MD").get_xydata(), np.c_[curves["exact"]])
+    mu = exact.stationary
+    figure = plots.stationary_figure(exact.grid, mu, {"corrected": mu}, truth="MD")
+    assert legend_labels(figure) == ["MD", "corrected"]
+    ax = plots.posterior_figure(draws, exact_timescale=(160.0, 5.0), truth="MD").axes[2]
+    assert set(line(ax, "MD timescale").get_xdata()) == {160}
+    (span,) = [item for item in ax.patches if isinstance(item, Rectangle)]
+    assert (span.get_x(), span.get_width()) == (155, 10)
+
+
 # for every figure
 
 
@@ -417,6 +601,8 @@ def test_axes_are_labelled_with_units(name: str, figures: dict[str, Figure]) -> 
         "posterior": {"implied timescale / frames", "posterior density"},
         "transition": {"x / reduced units", "probability density / (reduced units)$^{-1}$"},
         "stationary": {"x / reduced units", "probability density / (reduced units)$^{-1}$"},
+        "ramachandran": {"φ / degrees", "ψ / degrees", "density / rad$^{-2}$"},
+        "free energy": {"φ / degrees", "free energy / kT"},
     }
     assert expected[name] <= horizontal | vertical
 
@@ -450,7 +636,7 @@ def test_headings_do_not_touch(name: str, figures: dict[str, Figure]) -> None:
 def test_width_of_a_journal_and_readable_text(name: str, figures: dict[str, Figure]) -> None:
     figure = figures[name]
     figure.draw_without_rendering()
-    width = {"correlation": 3.4, "stationary": 3.4}.get(name, 7.0)
+    width = {"correlation": 3.4, "stationary": 3.4, "free energy": 3.4}.get(name, 7.0)
     assert figure.get_figwidth() == width
     texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text()]
     assert all(7 <= text.get_fontsize() <= 10 for text in texts)
@@ -463,7 +649,8 @@ def test_colours_are_okabe_ito_or_grey(name: str, figures: dict[str, Figure]) ->
         shapes = [item for item in ax.patches if isinstance(item, StepPatch)]
         colors = [to_hex(item.get_color()) for item in ax.lines]
         colors += [to_hex(item.get_edgecolor()) for item in shapes]
-        colors += [to_hex(c[:3]) for item in ax.collections for c in item.get_facecolor()]
+        bands = [item for item in ax.collections if not isinstance(item, QuadMesh)]
+        colors += [to_hex(c[:3]) for item in bands for c in item.get_facecolor()]
         for color in colors:
             red, green, blue = to_rgb(color)
             assert color in palette or red == green == blue
