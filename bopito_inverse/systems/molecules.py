@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import openmm
 
 GAS_CONSTANT = 0.00831446261815324  # kJ / (mol K)
+PROPERTIES = {"CPU": {"Threads": "1", "DeterministicForces": "true"}}  # more: not reproducible
 CONSTRAINTS = {"hbonds": "HBonds", "allbonds": "AllBonds", None: None}
 
 
@@ -130,7 +131,8 @@ class Molecule:
             temperature or self.temperature, self.friction, self.time_step
         )
         integrator.setRandomNumberSeed(1 + seed % (2**31 - 2))  # zero would be a random one
-        context = openmm.Context(system or self.system, integrator, _platform(platform))
+        properties = PROPERTIES.get(platform, {})
+        context = openmm.Context(system or self.system, integrator, _platform(platform), properties)
         context.setPositions(self.positions.double().numpy())
         return context
 
@@ -198,7 +200,7 @@ def _parametrise(topology: Any, force_field: tuple[str, ...], constraints: str |
 
     try:
         field = app.ForceField(*force_field)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # a bare one where a file is no XML
         raise ValueError(
             f"force_field must name files that OpenMM reads, got {list(force_field)}: {error}"
         ) from error
