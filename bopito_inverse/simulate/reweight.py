@@ -6,15 +6,25 @@ With reduced biases `b_k(x)` and `N_k` frames from window k, the reduced free en
 
     w_n ~ 1 / sum_k N_k exp(f_k - b_k(x_n)),    sum_n w_n = 1.
 
-The free energies come from frames thinned by the statistical inefficiency g_k of each window, so
-that their errors hold for correlated frames; the weights are for all frames. The overlap of two
-windows is `O_kl = int p_k p_l / (p_k + p_l) dx`, between 0 and 1/2: the element of the overlap
-matrix of Klimovich, Shirts and Mobley (J. Comput. Aided Mol. Des. 29, 397, 2015) for these two
-windows alone, who advise at least 0.03 between neighbours. Neighbours are joined by the maximum
-spanning tree of O, which is the sequence of centres, or of temperatures, in one dimension.
+The overlap of two windows is `O_kl = int p_k p_l / (p_k + p_l) dx`, between 0 and 1/2: the element
+of the overlap matrix of Klimovich, Shirts and Mobley (J. Comput. Aided Mol. Des. 29, 397, 2015) for
+these two windows alone, who advise at least 0.03 between neighbours. Neighbours are joined by the
+maximum spanning tree of O, which is the sequence of centres, or of temperatures, in one dimension.
+
+Errors of `log E_mu[a]` come from the influence that each frame has on it, to first order
+
+    I_n = a_n w_n / sum_m a_m w_m - w_n + (E_a[P] - E_mu[P])^T H^+ P_n,
+    P_nk = N_k w_n exp(f_k - b_k(x_n)),    H = diag(sum_n P_n) - P^T P,
+
+where H is the response of the MBAR equations to f. With its mean over each window taken off, I is
+summed over blocks, stretches of one walker, and the variance is the sum of the squares of these
+sums. Frames of one block may be correlated in any way. Where there are ten walkers or more a block
+is all of a walker, so that the errors also hold for walkers that rarely cross a barrier, if their
+starts are forgotten.
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,9 +36,10 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from scipy.special import logsumexp
 from torch import Tensor
 
-from bopito_inverse.simulate.enhanced import BiasedSamples
+from bopito_inverse.simulate.biased import BiasedSamples
 
 LOWEST_ESS = 50.0
+BLOCKS = 10  # in each window, at least; a walker is cut where there are fewer walkers
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,17 +82,18 @@ def mbar(biased: BiasedSamples, min_overlap: float = 0.03) -> Reweighting:
         raise ValueError(f"min_overlap must be in [0, 0.5), got {min_overlap}")
     u_kn = biased.reduced_bias.cpu().numpy()
     with _quiet():
-        inefficiency = _statistical_inefficiency(u_kn, biased.n_frames, biased.n_walkers)
-        kept = _independent(inefficiency, biased)
-        f_k, errors, w_nk = _solve(u_kn[:, np.concatenate(kept)], [len(part) for part in kept])
-    weights = _weights(u_kn, f_k, biased.n_frames)
-    overlap = _pair_overlap(w_nk)
-    pair, smallest = _weakest_neighbours(overlap)
-    ess = float(1 / (np.repeat(inefficiency, biased.n_frames) * weights**2).sum())
+        f_k, w_nk = _solve(u_kn, biased.n_frames)
+        overlap = _pair_overlap(w_nk)
+        edges = _neighbours(overlap)
+        inefficiency = _statistical_inefficiency(u_kn, edges, biased.n_frames, biased.n_walkers)
+    log_w, _ = _log_weights(u_kn, f_k, biased.n_frames)
+    pair = min(edges, key=lambda edge: overlap[edge], default=(0, 0))
+    smallest = float(overlap[pair])
+    ess = float(1 / (np.repeat(inefficiency, biased.n_frames) * np.exp(2 * log_w)).sum())
     return Reweighting(
-        weights=torch.from_numpy(weights).to(biased.frames.device),
+        weights=torch.from_numpy(np.exp(log_w)).to(biased.frames.device),
         free_energies=torch.from_numpy(f_k),
-        free_energy_errors=torch.from_numpy(errors),
+        free_energy_errors=torch.from_numpy(log_mean_errors(biased, f_k, -u_kn.T)),
         overlap=torch.from_numpy(overlap),
         smallest_overlap=smallest,
         statistical_inefficiency=torch.from_numpy(inefficiency),
@@ -103,6 +115,44 @@ def mbar_weights(biased: BiasedSamples, min_overlap: float = 0.03) -> Tensor:
     return result.weights
 
 
+def log_mean_errors(biased: BiasedSamples, f_k: np.ndarray, log_a: np.ndarray) -> np.ndarray:
+    """Standard errors of log E_mu[a], given the free energies of the windows.
+
+    Args:
+        biased: samples of biased windows; frames of one walker number in different windows are
+            taken as independent, but for tempering, whose walkers exchange frames.
+        f_k: free energy of each window above the unbiased state, `(n_windows,)`.
+        log_a: logarithms of several a at each frame, -inf where a is zero, `(n_total, n_a)`.
+
+    Returns:
+        `(n_a,)`, infinite for one block in each window.
+    """
+    u_kn = biased.reduced_bias.cpu().numpy()
+    log_w, p = _log_weights(u_kn, f_k, biased.n_frames)
+    log_aw = log_a + log_w[:, None]
+    difference = np.exp(log_aw - logsumexp(log_aw, axis=0)) - np.exp(log_w)[:, None]
+    response = np.linalg.pinv(np.diag(p.sum(0)) - p.T @ p, hermitian=True)
+    influence = difference + p @ (response @ (p.T @ difference))
+    influence = influence.reshape(biased.n_windows, biased.n_frames, -1)
+    influence -= influence.mean(1, keepdims=True)
+    sums = _block_sums(influence, biased.n_walkers)
+    if "ladder" in biased.form:
+        sums = sums.sum(0, keepdims=True)
+    n_blocks = sums.shape[1]
+    if n_blocks == 1:
+        return np.full(log_a.shape[1], math.inf)
+    return np.sqrt((sums**2).sum((0, 1)) * n_blocks / (n_blocks - 1))
+
+
+def _block_sums(values: np.ndarray, n_walkers: int) -> np.ndarray:
+    """Sums (n_windows, n_blocks, n) of values (n_windows, n_frames, n) over blocks of walkers."""
+    n_windows, n_frames, n = values.shape
+    walkers = values.reshape(n_windows, n_walkers, n_frames // n_walkers, n)
+    stretches = min(math.ceil(BLOCKS / n_walkers), n_frames // n_walkers)
+    parts = [part.sum(2) for part in np.array_split(walkers, stretches, axis=2)]
+    return np.concatenate(parts, axis=1)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep pymbar's notices from the terminal, and its seeding from numpy's global state."""
@@ -118,46 +168,20 @@ def _quiet() -> Iterator[None]:
         np.random.set_state(random_state)  # noqa: NPY002
 
 
-def _statistical_inefficiency(u_kn: np.ndarray, n_frames: int, n_walkers: int) -> np.ndarray:
-    """g_k of the energy difference to the next and the previous window, whichever is larger."""
-    from pymbar.timeseries import statistical_inefficiency_multiple
-
-    n_windows = len(u_kn)
-    inefficiency = np.ones(n_windows)
-    for k in range(n_windows):
-        own = u_kn[:, k * n_frames : (k + 1) * n_frames]
-        others = [j for j in (k - 1, k + 1) if 0 <= j < n_windows]
-        for series in [own[j] - own[k] for j in others] or [own[k]]:
-            if np.ptp(series) > 0:
-                g = statistical_inefficiency_multiple(np.split(series, n_walkers))
-                inefficiency[k] = max(inefficiency[k], g)
-    return inefficiency
-
-
-def _independent(inefficiency: np.ndarray, biased: BiasedSamples) -> list[np.ndarray]:
-    """Columns of about every g_k-th frame of each walker, one array for each window."""
-    per_walker = biased.n_frames // biased.n_walkers
-    shape = (biased.n_windows, biased.n_walkers, 1)
-    starts = np.arange(biased.n_windows * biased.n_walkers).reshape(shape) * per_walker
-    return [
-        (start + np.arange(0, per_walker, g).astype(int)).ravel()
-        for start, g in zip(starts, inefficiency, strict=True)
-    ]
-
-
-def _solve(u_kn: np.ndarray, n_k: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Free energies above the unbiased state, their errors, and MBAR's matrix W (n, n_windows)."""
+def _solve(u_kn: np.ndarray, n_frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """Free energies above the unbiased state, and MBAR's matrix W (n_total, n_windows)."""
     from pymbar import MBAR
 
     unbiased = np.zeros((1, u_kn.shape[1]))
-    solution = MBAR(np.concatenate([u_kn, unbiased]), [*n_k, 0])
-    result = solution.compute_free_energy_differences()
-    return result["Delta_f"][-1, :-1], result["dDelta_f"][-1, :-1], solution.W_nk[:, :-1]
+    solution = MBAR(np.concatenate([u_kn, unbiased]), [n_frames] * len(u_kn) + [0])
+    return solution.f_k[:-1] - solution.f_k[-1], solution.W_nk[:, :-1]
 
 
-def _weights(u_kn: np.ndarray, f_k: np.ndarray, n_frames: int) -> np.ndarray:
-    log_w = -logsumexp(f_k[:, None] - u_kn, axis=0, b=n_frames)
-    return np.exp(log_w - logsumexp(log_w))
+def _log_weights(u_kn: np.ndarray, f_k: np.ndarray, n_frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logarithms of the weights, (n_total,), and P, the chance of each window, (n_total, K)."""
+    log_p = math.log(n_frames) + f_k[:, None] - u_kn
+    log_d = logsumexp(log_p, axis=0)
+    return -log_d - logsumexp(-log_d), np.exp(log_p - log_d).T
 
 
 def _pair_overlap(w_nk: np.ndarray) -> np.ndarray:
@@ -169,15 +193,27 @@ def _pair_overlap(w_nk: np.ndarray) -> np.ndarray:
     return np.array(rows)
 
 
-def _weakest_neighbours(overlap: np.ndarray) -> tuple[tuple[int, int], float]:
-    """The edge of the maximum spanning tree with the smallest overlap, and that overlap."""
-    if len(overlap) == 1:
-        return (0, 0), 0.5
+def _neighbours(overlap: np.ndarray) -> list[tuple[int, int]]:
+    """The edges of the maximum spanning tree; none for one window."""
     cost = 1 - np.log(np.maximum(overlap, np.finfo(float).tiny))  # zero would mean no edge
     tree = minimum_spanning_tree(cost).tocoo()
-    edges = [(int(k), int(j)) for k, j in np.sort(np.stack([tree.row, tree.col], 1))]
-    pair = min(edges, key=lambda edge: overlap[edge])
-    return pair, float(overlap[pair])
+    return [(int(k), int(j)) for k, j in np.sort(np.stack([tree.row, tree.col], 1))]
+
+
+def _statistical_inefficiency(
+    u_kn: np.ndarray, edges: list[tuple[int, int]], n_frames: int, n_walkers: int
+) -> np.ndarray:
+    """g_k of the difference between a window's bias and that of a neighbour, the largest."""
+    from pymbar.timeseries import statistical_inefficiency_multiple
+
+    inefficiency = np.ones(len(u_kn))
+    for k, j in [*edges, *((j, k) for k, j in edges)] or [(0, 0)]:
+        own = u_kn[:, k * n_frames : (k + 1) * n_frames]
+        series = own[j] - own[k] if j != k else own[k]
+        if np.ptp(series) > 0:
+            g = statistical_inefficiency_multiple(np.split(series, n_walkers))
+            inefficiency[k] = max(inefficiency[k], g)
+    return inefficiency
 
 
 def _status(
