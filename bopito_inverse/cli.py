@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bopito_inverse.config import Config
 
 USER_ERROR, INTERRUPTED = 2, 130
-FIGURES = (("fit", "correlation"), ("fit", "posterior"), ("sample", "transition"))
+FIGURES = ("fit/correlation*", "fit/posterior", "sample/transition", "sample/ramachandran*")
 HELD_OUT = ("x>0", "x^2", "x")
 
 
@@ -118,7 +118,10 @@ def simulate(
     """Simulate biased trajectories and umbrella windows.
 
     Reads [system] and [simulate]. Writes simulate/biased.npz (trajectories, which may be short, far
-    from equilibrium, and confined by a barrier) and simulate/umbrella.npz.
+    from equilibrium, and confined by a barrier) and simulate/umbrella.npz or tempering.npz.
+
+    Of a molecule, the folder simulate/biased/ holds the trajectories, in files that mdtraj, VMD and
+    PyMOL read. A simulation that was killed goes on from what is complete.
 
     Example: `bopito-inverse simulate run.toml`
     """
@@ -129,10 +132,10 @@ def simulate(
 def reweight(
     run_file: RunFile, device: Device = None, output: Output = None, quiet: Quiet = False
 ) -> None:
-    """Weigh umbrella windows to the unbiased equilibrium by MBAR.
+    """Weigh umbrella windows, or a ladder of temperatures, to the unbiased equilibrium by MBAR.
 
-    Reads umbrella.npz and [reweight]. Writes reweight/frames.npz (weighted frames) and
-    reweighting.json (overlap, free energies, effective sample size).
+    Reads umbrella.npz or tempering.npz, and [reweight]. Writes reweight/frames.npz (weighted frames)
+    and reweighting.json (overlap, free energies, effective sample size).
 
     Example: `bopito-inverse reweight run.toml`
     """
@@ -145,8 +148,8 @@ def train(
 ) -> None:
     """Train the equilibrium score on weighted frames, then the dynamic score on trajectories.
 
-    Reads frames.npz, biased.npz and [train]. Writes train/bopito.safetensors (both scores),
-    equilibrium.safetensors, and the losses.
+    Reads frames.npz, biased.npz (biased/ of a molecule) and [train]. Writes
+    train/bopito.safetensors (both scores), equilibrium.safetensors, and the losses.
 
     Example: `bopito-inverse train run.toml --device cuda`
     """
@@ -157,7 +160,7 @@ def train(
 def fit(
     run_file: RunFile, device: Device = None, output: Output = None, quiet: Quiet = False
 ) -> None:
-    """Fit N_int to the measured correlation function, through the composite step.
+    """Fit N_int to the measured correlation functions, through the composite step.
 
     Reads bopito.safetensors, frames.npz, the experiment (CSV: observable,lag,value,sigma), [step],
     [observable] and [fit]. Writes fit/posterior.nc (ArviZ), summary.json and figures.
@@ -171,10 +174,11 @@ def fit(
 def sample(
     run_file: RunFile, device: Device = None, output: Output = None, quiet: Quiet = False
 ) -> None:
-    """Sample corrected trajectories and compare them with the exact operator.
+    """Sample corrected trajectories and compare them with the truth, where it is known.
 
     Reads bopito.safetensors, frames.npz, fit/summary.json, [step] and [sample]. Writes
-    sample/trajectories.npz, comparison.json and figures.
+    sample/trajectories.npz, comparison.json and figures. The truth is the exact transfer operator;
+    of a molecule, [data] reference, and the first trajectories are written as .xtc, too.
 
     Example: `bopito-inverse sample run.toml`
     """
@@ -223,29 +227,39 @@ def _print_results(config: "Config", seconds: float) -> None:
     report = json.loads((config.output / "sample" / "comparison.json").read_text())
     console = Console()
     console.print()
-    console.print(_posterior_table(summary, report["exact_timescale"]))
+    console.print(_posterior_table(summary, *_true_timescale(report)))
     console.print(f"status: {summary['status']}, {summary['message']}", highlight=False)
     console.print()
-    console.print(_comparison_table(report))
+    table = _molecule_table if config.system.is_molecule else _comparison_table
+    console.print(table(report))
     console.print()
-    for verb, name in FIGURES:
-        typer.echo(f"figure   {config.output / verb / name}.png")
+    for pattern in FIGURES:
+        for figure in sorted(config.output.glob(f"{pattern}.png")):
+            typer.echo(f"figure   {figure}")
     typer.echo(f"results  {config.output} ({seconds:.0f} s)")
 
 
-def _posterior_table(summary: dict[str, Any], exact: float) -> Table:
+def _true_timescale(report: dict[str, Any]) -> tuple[str, float | None]:
+    """Where the slowest timescale is known from, and what it is."""
+    if "exact_timescale" in report:
+        return "exact", report["exact_timescale"]
+    reference = report.get("reference_timescale")
+    return "MD", None if reference is None else reference["value"]
+
+
+def _posterior_table(summary: dict[str, Any], source: str, true: float | None) -> Table:
     table = Table(title="Posterior", title_justify="left", title_style="bold")
-    for name in ("", "mean", "sd", "94 % HDI", "exact"):
+    for name in ("", "mean", "sd", "94 % HDI", *([] if true is None else [source])):
         table.add_column(name, justify="left" if not name else "right")
     labels = {"n_int": "N_int / frames", "weight": "w", "timescale": "timescale / frames"}
     for key, label in labels.items():
         part = summary[key]
         numbers = (part["mean"], part["sd"], *part["hdi_94"])
         mean, sd, low, high = map(_from_json, numbers)
-        truth = ""
-        if key == "timescale":
-            truth = f"{exact:.1f}, {'inside' if low <= exact <= high else 'outside'}"
-        table.add_row(label, f"{mean:.4g}", f"{sd:.2g}", f"{low:.4g} to {high:.4g}", truth)
+        truth = []
+        if true is not None and key == "timescale":
+            truth = [f"{true:.1f}, {'inside' if low <= true <= high else 'outside'}"]
+        table.add_row(label, f"{mean:.4g}", f"{sd:.2g}", f"{low:.4g} to {high:.4g}", *truth)
     return table
 
 
@@ -269,3 +283,39 @@ def _comparison_table(report: dict[str, Any]) -> Table:
     label = f"total variation (noise floor {variation['noise_floor']:.4f})"
     table.add_row(label, f"{variation['uncorrected']:.4f}", f"{variation['corrected']:.4f}")
     return table
+
+
+def _molecule_table(report: dict[str, Any]) -> Table:
+    against = ", against the reference" if report.get("jensen_shannon") else ""
+    title = f"Before and after{against}"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in ("", "uncorrected", "corrected"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, part in report.get("correlations", {}).items():
+        if error := part["mean_abs_error"]:
+            lags = part["compared_lags"]
+            label = f"mean |error| of C(lag) of {name}, lags {lags[0]} to {lags[-1]}"
+            table.add_row(label, *_numbers(error, ".3f"))
+    for name, part in report.get("jensen_shannon", {}).items():
+        if "reference_halves" in part:
+            label = f"Jensen-Shannon divergence of {name} (halves {part['reference_halves']:.4f})"
+            table.add_row(label, *_numbers(part, ".4f"))
+    shares = dict(report.get("share_of_positive_phi", {}))
+    low, high = shares.pop("interval_degrees", (0, 0))
+    for name, part in shares.items():
+        known = "reference" if "reference" in part else "equilibrium_frames"
+        label = (
+            f"share of {low:g} < {name} < {high:g} ({known.replace('_', ' ')} {part[known]:.4f})"
+        )
+        table.add_row(label, *_numbers(part, ".4f"))
+    sources = ("equilibrium_frames", "uncorrected", "corrected")
+    energy = {name: report["energy"][name]["median"] for name in sources}
+    label = f"median energy / kJ/mol (equilibrium frames {energy['equilibrium_frames']:.1f})"
+    table.add_row(label, *_numbers(energy, ".1f"))
+    return table
+
+
+def _numbers(part: dict[str, Any], form: str) -> list[str]:
+    """Of the uncorrected and the corrected model; NaN where they have none."""
+    values = (part["uncorrected"], part["corrected"])
+    return [format(math.nan if value is None else value, form) for value in values]

@@ -1,9 +1,9 @@
 r"""The run file: one TOML that says everything about a run.
 
 Each section is a model whose fields are the keys of the file; an unknown key is an error that
-names the nearest known one. Files that are named in the run file (`[data]`, `[experiment]`) are
-relative to its folder, so that it may be moved together with them; `output` is relative to the
-current directory, because a run file may lie where nothing can be written.
+names the nearest known one. Files that are named in a section are relative to the folder of the run
+file, so that it may be moved together with them; `output` is relative to the current directory,
+because a run file may lie where nothing can be written.
 
     seed = 0                        # everything random follows from it
     device = "auto"                 # auto, cpu or cuda
@@ -41,26 +41,68 @@ current directory, because a run file may lie where nothing can be written.
     [fit]                           # all optional: arguments of inference.fit
     n_replicas = 8192
     prior = { distribution = "lognorm", on = "timescale", s = 1.0, scale = 200.0 }
+
+That of a molecule differs in these sections:
+
+    [system]
+    name = "Molecule"               # or "AlanineDipeptide"; with arguments of systems.Molecule
+    structure = "my.pdb"
+    force_field = ["amber99sbildn.xml", "amber99_obc.xml"]  # of OpenMM, or files of your own
+    temperature = 300.0             # K
+    constraints = "hbonds"          # hbonds, allbonds or none
+    label = "my molecule"           # its name in files, by default that of the structure
+
+    [simulate]
+    n_trajectories = 100            # without these two, none are simulated
+    n_frames = 500
+    starts = "frames.npz"           # weighted frames or trajectories to draw starts from; by
+                                    # default all start at the structure
+    workers = 8                     # processes, by default one for each core
+
+    [simulate.umbrella]
+    dihedral = "phi"                # a name of observables.features
+    low = -180.0                    # degrees; a whole circle has its windows evenly round it
+    high = 180.0
+    n_windows = 24
+    stiffness = 100.0               # kJ/mol/rad^2
+    n_frames = 500
+
+    [simulate.tempering]            # or replica exchange; also in one dimension, as thermal
+    low = 300.0                     # energies (kT) instead of K
+    high = 600.0
+    n_windows = 8
+    n_frames = 2000
+
+    [observable]
+    a = ["sin(phi)", "cos(phi)"]    # several autocorrelations, fitted together
+
+    [data]
+    trajectories = "trajectories"   # a folder or a file that mdtraj reads
+    reference = "reference.npz"     # unbiased MD to compare with: angles phi and psi in rad,
+                                    # (n_trajectories, n_frames), and frame_time in ps
 """
 
 import difflib
 import inspect
 import math
 import tomllib
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from bopito_inverse import systems
 from bopito_inverse.inference import Prior
 from bopito_inverse.models.train import TrainingConfig
-from bopito_inverse.observables.correlations import NORMALIZATIONS, Correlation
-from bopito_inverse.observables.features import FEATURES
+from bopito_inverse.observables.correlations import NORMALIZATIONS, Correlation, Observable
+from bopito_inverse.observables.features import FEATURES, feature
 
-SYSTEMS = ("Prinz", "DoubleWell", "TripleWell", "OrnsteinUhlenbeck")
+MOLECULES = ("AlanineDipeptide", "Molecule")
 
 
 class _Section(BaseModel):
@@ -72,7 +114,9 @@ class _Section(BaseModel):
 class SystemSection(_Section):
     """`[system]`: a name, and arguments of that system's constructor."""
 
-    name: Literal["Prinz", "DoubleWell", "TripleWell", "OrnsteinUhlenbeck"]
+    name: Literal[
+        "Prinz", "DoubleWell", "TripleWell", "OrnsteinUhlenbeck", "AlanineDipeptide", "Molecule"
+    ]
     a: float | None = None
     b: float | None = None
     height: float | None = None
@@ -82,41 +126,89 @@ class SystemSection(_Section):
     friction: float | None = None
     time_step: float | None = None
     steps_per_frame: int | None = None
+    structure: Path | None = None
+    force_field: tuple[str, ...] | None = Field(default=None, min_length=1)
+    temperature: float | None = Field(default=None, gt=0)
+    constraints: Literal["hbonds", "allbonds", "none"] | None = None
+    label: str | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
     def _arguments_fit(self) -> "SystemSection":
         known = list(inspect.signature(getattr(systems, self.name).__init__).parameters)[1:]
-        for key in self.arguments:
+        known = ["label" if key == "name" else key for key in known]
+        for key in self.model_dump(exclude={"name"}, exclude_none=True):
             if key not in known:
                 takes = f"takes {', '.join(known)}" if known else "takes no arguments"
                 raise ValueError(f"{self.name} {takes}, got {key}")
-        self.build()
+        if self.name == "Molecule" and self.structure is None:
+            raise ValueError("Molecule needs a structure, a file with all atoms (PDB, h5, ...)")
+        if not self.is_molecule:
+            self.build()
         return self
 
     @property
-    def arguments(self) -> dict[str, float]:
-        """The arguments that were given."""
-        return self.model_dump(exclude={"name"}, exclude_none=True)
+    def is_molecule(self) -> bool:
+        """Whether it is simulated by OpenMM, in frames of atoms."""
+        return self.name in MOLECULES
 
-    def build(self) -> systems.Potential1D:
-        """The system."""
-        return getattr(systems, self.name)(**self.arguments)
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that were given, as JSON values; of files only their names."""
+        given = self.model_dump(mode="json", exclude={"name", "structure"}, exclude_none=True)
+        if self.force_field is not None:
+            own = self.files.values()
+            given["force_field"] = [
+                Path(file).name if Path(file) in own else file for file in self.force_field
+            ]
+        return given
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Files of the user that the system is made of."""
+        files = {} if self.structure is None else {"structure": self.structure}
+        for i, file in enumerate(self.force_field or ()):
+            if Path(file).is_file():
+                files[f"force_field_{i}"] = Path(file)
+        return files
+
+    def build(self) -> Any:
+        """The system, a `Potential1D` or a `Molecule`, made once.
+
+        Raises:
+            FileNotFoundError, ValueError: of a `Molecule`, as its constructor.
+        """
+        return self._built
+
+    @cached_property
+    def _built(self) -> Any:
+        arguments: dict[str, Any] = self.model_dump(exclude={"name", "label"}, exclude_none=True)
+        if not self.is_molecule:
+            return getattr(systems, self.name)(**arguments)
+        if self.label is not None:
+            arguments["name"] = self.label
+        if self.constraints == "none":
+            arguments["constraints"] = None
+        try:
+            return getattr(systems, self.name)(**arguments)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"system.{error}") from error
+        except ValueError as error:
+            raise ValueError(f"system: {error}") from error
 
 
-class UmbrellaSection(_Section):
-    """`[simulate.umbrella]`: equal harmonic windows with centres from `low` to `high`."""
+class _Windows(_Section):
+    """What sections of enhanced sampling have in common."""
 
     low: float
     high: float
     n_windows: int = Field(ge=1)
-    stiffness: float = Field(gt=0)
     n_frames: int = Field(ge=1)
     n_walkers: int = Field(default=20, ge=1)
     burn_in: int = Field(default=50, ge=0)
     stride: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
-    def _numbers_fit(self) -> "UmbrellaSection":
+    def _numbers_fit(self) -> "_Windows":
         if not self.low < self.high:
             raise ValueError(f"low must be below high, got {self.low:g} and {self.high:g}")
         if self.n_frames % self.n_walkers:
@@ -125,15 +217,80 @@ class UmbrellaSection(_Section):
             )
         return self
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Arguments that all functions of enhanced sampling take."""
+        return self.model_dump(include={"n_frames", "n_walkers", "burn_in", "stride"})
+
+
+class UmbrellaSection(_Windows):
+    """`[simulate.umbrella]`: equal harmonic windows with centres from `low` to `high`."""
+
+    stiffness: float = Field(gt=0)
+
+    @property
+    def centers(self) -> np.ndarray:
+        """Centres of the windows."""
+        return np.linspace(self.low, self.high, self.n_windows)
+
+
+class DihedralUmbrellaSection(_Windows):
+    """`[simulate.umbrella]` of a molecule: windows along a dihedral, in degrees."""
+
+    dihedral: str
+    stiffness: float = Field(gt=0)
+    n_walkers: int = Field(default=10, ge=1)
+    burn_in: int = Field(default=40, ge=0)
+
+    @field_validator("low", "high")
+    @classmethod
+    def _angle(cls, value: float) -> float:
+        if not -360 <= value <= 360:
+            raise ValueError(f"must be an angle in degrees, from -360 to 360, got {value:g}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_circle(self) -> "DihedralUmbrellaSection":
+        if self.high - self.low > 360:
+            raise ValueError(
+                f"low and high must be 360 degrees apart at most, got {self.low:g} and "
+                f"{self.high:g}"
+            )
+        return self
+
+    @property
+    def centers(self) -> np.ndarray:
+        """Centres of the windows in rad, evenly round the circle if it is a whole one."""
+        whole = self.high - self.low == 360
+        return np.radians(np.linspace(self.low, self.high, self.n_windows, endpoint=not whole))
+
+
+class TemperingSection(_Windows):
+    """`[simulate.tempering]`: replica exchange on a geometric ladder of thermal energies kT."""
+
+    low: float = Field(gt=0)
+
+    @property
+    def ladder(self) -> np.ndarray:
+        """Thermal energies, or temperatures of a molecule, (n_windows,)."""
+        return np.geomspace(self.low, self.high, self.n_windows)
+
+
+class MoleculeTemperingSection(TemperingSection):
+    """`[simulate.tempering]` of a molecule: the ladder is one of temperatures, K."""
+
+    n_walkers: int = Field(default=4, ge=1)
+
 
 class SimulateSection(_Section):
-    """`[simulate]`: trajectories from uniform starts, and umbrella windows."""
+    """`[simulate]`: trajectories from uniform starts, and windows for the equilibrium."""
 
     n_trajectories: int = Field(ge=1)
     n_frames: int = Field(ge=2)
     starts: tuple[float, float]
     barrier: float | None = None
     umbrella: UmbrellaSection | None = None
+    tempering: TemperingSection | None = None
 
     @field_validator("starts")
     @classmethod
@@ -141,6 +298,33 @@ class SimulateSection(_Section):
         if not starts[0] < starts[1]:
             raise ValueError(f"must be [low, high] with low below high, got {list(starts)}")
         return starts
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "SimulateSection":
+        return _one_source(self)
+
+
+class MoleculeSimulateSection(_Section):
+    """`[simulate]` of a molecule: trajectories, and windows for the equilibrium.
+
+    Results do not depend on `workers`, and of `starts` the content counts.
+    """
+
+    n_trajectories: int | None = Field(default=None, ge=1)
+    n_frames: int | None = Field(default=None, ge=2)
+    starts: Path | None = Field(default=None, exclude=True)
+    format: Literal["trr", "xtc", "h5"] = "trr"
+    workers: int | None = Field(default=None, ge=1, exclude=True)
+    umbrella: DihedralUmbrellaSection | None = None
+    tempering: MoleculeTemperingSection | None = None
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> "MoleculeSimulateSection":
+        if (self.n_trajectories is None) != (self.n_frames is None):
+            raise ValueError("n_trajectories and n_frames go together, got one of them")
+        if self.n_trajectories is None and self.umbrella is None and self.tempering is None:
+            raise ValueError("n_trajectories and n_frames, [umbrella] or [tempering] must be given")
+        return _one_source(self)
 
 
 class ReweightSection(_Section):
@@ -178,35 +362,66 @@ class StepSection(_Section):
 
 
 class ObservableSection(_Section):
-    """`[observable]`: the measured correlation function; `b` is `a` unless given.
+    """`[observable]`: the measured correlation functions.
 
-    `name` is what the column `observable` of the experiment calls it, by default `a` or `a*b`.
+    One correlation of `a` and `b`, which is `a` unless given; or, where `a` is a list, the
+    autocorrelation of each. `name` is what the column `observable` of the experiment calls it, by
+    default `a` or `a*b`.
     """
 
-    a: str = "x"
+    a: str | tuple[str, ...] = "x"
     b: str | None = None
     normalization: str = "variance"
     name: str | None = None
 
-    @field_validator("a", "b")
+    @field_validator("a", mode="before")
     @classmethod
-    def _known_feature(cls, name: str | None) -> str | None:
-        return name if name is None else _one_of(name, tuple(FEATURES))
+    def _name_or_names(cls, a: Any) -> Any:
+        names = a if isinstance(a, list | tuple) else [a]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"must be a name or a list of names, got {a!r}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"must hold different names, got {a!r}")
+        return a
 
     @field_validator("normalization")
     @classmethod
     def _known_normalization(cls, name: str) -> str:
         return _one_of(name, NORMALIZATIONS)
 
-    @property
-    def label(self) -> str:
-        """Name of the observable in the experiment."""
-        return self.name or (self.a if self.b is None else f"{self.a}*{self.b}")
+    @model_validator(mode="after")
+    def _one_pair(self) -> "ObservableSection":
+        if len(self._firsts) > 1 and not (self.b is None and self.name is None):
+            raise ValueError("b and name go with a single observable, but a is a list")
+        return self
 
-    def build(self) -> Correlation:
-        """The correlation function."""
-        b = None if self.b is None else FEATURES[self.b]
-        return Correlation(FEATURES[self.a], b, self.normalization, name=self.label)
+    @property
+    def _firsts(self) -> tuple[str, ...]:
+        return (self.a,) if isinstance(self.a, str) else self.a
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the features that are correlated."""
+        return self._firsts if self.b is None else (*self._firsts, self.b)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the observables in the experiment."""
+        if self.name is not None:
+            return (self.name,)
+        return self._firsts if self.b is None else (f"{self._firsts[0]}*{self.b}",)
+
+    def build(self, topology: Any = None) -> dict[str, Correlation]:
+        """The correlation functions by name; `topology` is that of a molecule.
+
+        Raises:
+            ValueError: a feature that the system does not have.
+        """
+        b = None if self.b is None else _feature("b", self.b, topology)
+        return {
+            label: Correlation(_feature("a", a, topology), b, self.normalization, name=label)
+            for label, a in zip(self.labels, self._firsts, strict=True)
+        }
 
 
 class ExperimentSection(_Section):
@@ -262,6 +477,12 @@ class DataSection(_Section):
     checkpoint: Path | None = None
 
 
+class MoleculeDataSection(DataSection):
+    """`[data]` of a molecule, which may name unbiased dynamics to compare with, too."""
+
+    reference: Path | None = None
+
+
 class Config(_Section):
     """A whole run file; `path` is where it was read from."""
 
@@ -279,6 +500,12 @@ class Config(_Section):
     fit: FitSection = FitSection()
     sample: SampleSection = SampleSection()
     data: DataSection = DataSection()
+
+    @model_validator(mode="after")
+    def _known_features(self) -> "Config":
+        if not self.system.is_molecule:  # of a molecule, its topology decides
+            self.observable.build()
+        return self
 
     @classmethod
     def read(
@@ -305,10 +532,11 @@ class Config(_Section):
             raise ValueError(f"{path}: {_unknown(given, ('path',))}")
         over = {"device": device, "output": output}
         given |= {key: value for key, value in over.items() if value is not None}
+        kind = MoleculeConfig if _value(given, ("system", "name")) in MOLECULES else Config
         try:
-            return cls(path=path, **_beside(path.parent, given))
+            return kind(path=path, **_beside(path.parent, given, kind))
         except ValidationError as error:
-            problems = [_describe(given, details) for details in error.errors()]
+            problems = [_describe(given, details, kind) for details in error.errors()]
             raise ValueError(f"{path}: {'; '.join(problems)}") from None
 
     def section(self, name: str) -> Any:
@@ -325,6 +553,13 @@ class Config(_Section):
         return value
 
 
+class MoleculeConfig(Config):
+    """The run file of a molecule."""
+
+    simulate: MoleculeSimulateSection | None = None  # type: ignore[assignment]
+    data: MoleculeDataSection = MoleculeDataSection()
+
+
 def _parse(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
@@ -337,44 +572,56 @@ def _parse(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a TOML file: {error}") from None
 
 
-def _beside(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """The same values with the paths of `[data]` and `[experiment]` relative to `folder`."""
+def _beside(folder: Path, given: dict[str, Any], kind: type[Config]) -> dict[str, Any]:
+    """The same values with the paths in sections relative to `folder`."""
     moved = dict(given)
-    for section, keys in (
-        ("data", tuple(DataSection.model_fields)),
-        ("experiment", ("file", "covariance")),
-    ):
-        if isinstance(given.get(section), dict):
-            moved[section] = {
-                key: folder / value if key in keys and isinstance(value, str) else value
-                for key, value in given[section].items()
+    for name, section in _sections(kind).items():
+        if isinstance(given.get(name), dict):
+            paths = [key for key, info in section.model_fields.items() if Path in _kinds(info)]
+            moved[name] = {
+                key: folder / value if key in paths and isinstance(value, str) else value
+                for key, value in given[name].items()
             }
+    files = _value(given, ("system", "force_field"))
+    if isinstance(files, list):  # of the user, if there is such a file, else one of OpenMM
+        moved["system"]["force_field"] = [
+            str(folder / file) if isinstance(file, str) and (folder / file).is_file() else file
+            for file in files
+        ]
     return moved
 
 
-def _describe(given: dict[str, Any], details: ErrorDetails) -> str:
+def _describe(given: dict[str, Any], details: ErrorDetails, kind_of_run: type[Config]) -> str:
     """One problem as `key what was expected, got what came`."""
     location = tuple(str(part) for part in details["loc"])
     key, kind = ".".join(location), details["type"]
     if kind == "extra_forbidden":
-        return _unknown(given, location)
+        return _unknown(given, location, kind_of_run)
     if kind == "missing":
         where = "section" if key == "system" else "key"
         return f"the {where} {key} is missing"
     if kind == "value_error":
         message = details["msg"].removeprefix("Value error, ")
-        return f"{key}{' ' if message.startswith('must') else ': '}{message}"
+        return f"{key}{' ' if message.startswith('must') else ': '}{message}" if key else message
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"{key} must be a section, got {details['input']!r}"
     message = details["msg"].replace("Input should", "must")
     return f"{key} {message}, got {details['input']!r}"
 
 
-def _unknown(given: dict[str, Any], location: tuple[str, ...]) -> str:
+def _unknown(given: dict[str, Any], location: tuple[str, ...], kind: type[Config] = Config) -> str:
     """An unknown key, with the nearest known one."""
     key = ".".join(location)
     what = "section" if isinstance(_value(given, location), dict) else "key"
-    return f"unknown {what} {key}{_suggestion(key, _known_keys(), location[-1])}"
+    other, systems_of = (
+        (Config, "one-dimensional systems")
+        if kind is MoleculeConfig
+        else (MoleculeConfig, "molecules")
+    )
+    name = _value(given, ("system", "name"))
+    if name is not None and key in _known_keys(other):
+        return f"the {what} {key} is for {systems_of}, not for {name}"
+    return f"unknown {what} {key}{_suggestion(key, _known_keys(kind), location[-1])}"
 
 
 def _value(given: Any, location: tuple[str, ...]) -> Any:
@@ -395,16 +642,29 @@ def _suggestion(name: str, known: list[str], last: str | None = None) -> str:
 
 def _known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """Every key of the run file, dotted."""
-    keys: list[str] = []
-    for name, info in model.model_fields.items():
-        if model is Config and name == "path":
+    inner, keys = _sections(model), []
+    for name in model.model_fields:
+        if name == "path" and not prefix:
             continue
         keys.append(prefix + name)
-        parts = getattr(info.annotation, "__args__", (info.annotation,))
-        for part in parts:
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                keys += _known_keys(part, f"{prefix}{name}.")
+        if name in inner:
+            keys += _known_keys(inner[name], f"{prefix}{name}.")
     return keys
+
+
+def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The fields of a section that are sections."""
+    return {
+        name: part
+        for name, info in model.model_fields.items()
+        for part in _kinds(info)
+        if isinstance(part, type) and issubclass(part, BaseModel)
+    }
+
+
+def _kinds(info: FieldInfo) -> tuple[Any, ...]:
+    """What a field may hold."""
+    return get_args(info.annotation) or (info.annotation,)
 
 
 def _prior(prior: dict[str, float | str]) -> Prior:
@@ -439,3 +699,22 @@ def _one_of(name: str, known: tuple[str, ...]) -> str:
             f"must be one of {', '.join(known)}, got {name!r}{_suggestion(name, list(known))}"
         )
     return name
+
+
+def _feature(key: str, name: str, topology: Any) -> Observable:
+    """A feature of a molecule, or of a one-dimensional system where there is no topology."""
+    try:
+        return (
+            FEATURES[_one_of(name, tuple(FEATURES))]
+            if topology is None
+            else feature(name, topology)
+        )
+    except ValueError as error:
+        raise ValueError(f"observable.{key} {str(error).removeprefix('name ')}") from error
+
+
+def _one_source(section: Any) -> Any:
+    """Refuse two sources of the equilibrium."""
+    if section.umbrella is not None and section.tempering is not None:
+        raise ValueError("take either [umbrella] or [tempering], got both")
+    return section

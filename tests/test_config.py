@@ -103,7 +103,7 @@ def test_a_minimal_run_file_has_defaults(tmp_path: Path) -> None:
     config = read(tmp_path, MINIMAL)
     assert (config.seed, config.device, config.simulate, config.train) == (0, "auto", None, None)
     assert config.fit.build_prior() is None
-    correlation = config.observable.build()
+    (correlation,) = config.observable.build().values()
     assert (correlation.name, correlation.normalization) == ("x", "variance")
     with pytest.raises(ValueError, match=r"run\.toml: the section \[train\] is needed"):
         config.section("train")

@@ -9,7 +9,7 @@ from bopito_inverse.config import Config, SystemSection
 from bopito_inverse.datasets import Frames, Trajectories
 from bopito_inverse.stages import Job, needed, train
 from bopito_inverse.stages.comparison import bins, total_variation
-from bopito_inverse.stages.verbs import PURPOSES, _seed
+from bopito_inverse.stages.seeds import PURPOSES, seed_for
 from bopito_inverse.systems import OrnsteinUhlenbeck, TransferOperator
 
 
@@ -42,7 +42,7 @@ def test_no_two_purposes_share_random_numbers(tmp_path: Path) -> None:
     seeds = set()
     for seed in range(3):
         config = read(tmp_path, "").model_copy(update={"seed": seed})
-        seeds |= {_seed(config, purpose) for purpose in PURPOSES} | {seed}
+        seeds |= {seed_for(config, purpose) for purpose in PURPOSES} | {seed}
     assert len(seeds) == 3 * (1 + len(PURPOSES))
 
 

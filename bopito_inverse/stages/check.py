@@ -6,6 +6,7 @@ from typing import Any
 from bopito_inverse.config import Config
 from bopito_inverse.models import checkpoint
 from bopito_inverse.stages import inputs
+from bopito_inverse.stages.simulation import dihedral_atoms
 from bopito_inverse.stages.verbs import job, needed
 
 Row = tuple[str, str, str]
@@ -26,10 +27,12 @@ def inspect(config: Config) -> list[Row]:
     }
     for name, look in looks.items():
         path = inputs.path_of(config, name)
-        if getattr(config.data, name) is not None or path.exists():
+        if getattr(config.data, name) is not None or inputs.is_there(path):
             rows.append((name, str(inputs.find(config, name)), look(config)))
         else:
             rows.append((name, str(path), f"not yet, `{inputs.PRODUCTS[name][0]}` makes it"))
+    if config.system.is_molecule:
+        rows += _molecule(config)
     if config.experiment is not None:
         rows.append(("experiment", str(config.experiment.file), _experiment(config)))
     if config.step is not None:
@@ -70,7 +73,27 @@ def _experiment(config: Config) -> str:
     measured, fitted = inputs.read_experiment(config)
     held_out = f", {int((~fitted).sum())} held out" if not fitted.all() else ""
     lags = f"lags {measured.lags.min():g} to {measured.lags.max():g} frames"
-    return f"{config.observable.label}: {len(measured)} points, {lags}{held_out}"
+    return f"{', '.join(config.observable.labels)}: {len(measured)} points, {lags}{held_out}"
+
+
+def _molecule(config: Config) -> list[Row]:
+    """What only molecules have; names of features are looked up in the topology."""
+    rows = []
+    if config.experiment is not None or "observable" in config.model_fields_set:
+        inputs.read_observables(config)
+    if config.simulate is not None:
+        if config.simulate.umbrella is not None:
+            dihedral_atoms(config)
+        if config.simulate.starts is not None:
+            found = f"{len(inputs.read_starts(config))} frames"
+            rows.append(("starts", str(config.simulate.starts), found))
+    if (reference := inputs.read_reference(config)) is not None:
+        n_frames = sum(len(x) for x in reference.trajectories)
+        found = (
+            f"{', '.join(reference.names)} of {n_frames} frames, {reference.frame_time:g} ps each"
+        )
+        rows.append(("reference", str(inputs.find_named(config, "data.reference")), found))
+    return rows
 
 
 def _step(config: Config) -> str:

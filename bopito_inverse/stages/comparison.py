@@ -1,4 +1,4 @@
-r"""Figures of the fit, and the corrected model beside the exact transfer operator.
+r"""The corrected model of a one-dimensional system beside the exact transfer operator.
 
 The stationary density is compared by its total variation in 100 bins,
 
@@ -21,12 +21,12 @@ from torch import Tensor
 from bopito_inverse import plots
 from bopito_inverse.arguments import as_generator
 from bopito_inverse.config import Config
-from bopito_inverse.datasets import Frames, Trajectories
-from bopito_inverse.inference import FitResult, Prediction
+from bopito_inverse.datasets import Trajectories
 from bopito_inverse.interpolator import Interpolator
-from bopito_inverse.observables import Correlation, Experiment
+from bopito_inverse.observables import Correlation
 from bopito_inverse.observables.features import FEATURES
 from bopito_inverse.sampling import sample
+from bopito_inverse.stages.fit_figures import Curve, Truth
 from bopito_inverse.stages.inputs import read_experiment, uncorrected_step
 from bopito_inverse.systems import TransferOperator
 
@@ -35,7 +35,6 @@ TAIL = 1e-5  # probability beyond the first and the last edge of the bins
 N_UNCORRECTED = 500  # trajectories of the uncorrected model
 N_CORRELATED = 2000  # trajectories that correlations are computed from
 LONGEST = 15  # steps
-BAND = (0.03, 0.97)
 
 
 def compare(
@@ -48,13 +47,13 @@ def compare(
 ) -> dict[str, Any]:
     """Corrected and uncorrected trajectories against the exact operator, with figures."""
     exact = TransferOperator(config.system.build())
-    uncorrected = _uncorrected(config, model, starts[:N_UNCORRECTED], seed)
+    uncorrected = sample_uncorrected(config, model, starts, seed)
     models = {"uncorrected": uncorrected, "corrected": corrected}
     n_frames = len(corrected.frames) - len(corrected)
     floor = exact.sample(n_frames, as_generator(seed, torch.device("cpu"), "floor"))
     edges = bins(exact)
     variation = {name: total_variation(exact, edges, later(x)) for name, x in models.items()}
-    lags = config.section("step").step_lag * np.arange(1, 1 + min(LONGEST, config.sample.n_steps))
+    lags = compared_lags(config)
     _draw_densities(folder, exact, models, lags)
     return {
         "system": config.system.name,
@@ -69,44 +68,24 @@ def compare(
     }
 
 
-def draw_fit(
-    config: Config,
-    folder: Path,
-    result: FitResult,
-    model: Interpolator,
-    frames: Frames,
-    measured: Experiment,
-    fitted: np.ndarray,
-) -> None:
-    """Figures of the correlation function and of the posterior."""
-    obs, exact = config.observable.build(), TransferOperator(config.system.build())
-    alone = uncorrected_step(config, model)
-    prediction = Prediction(
-        model, alone, obs, measured.lags, frames, config.seed, 1024, config.device
+def verdict(report: dict[str, Any]) -> str:
+    """The main number of a comparison."""
+    variation = report["total_variation"]
+    return (
+        f"total variation from the exact density: {variation['corrected']:.4f} "
+        f"(noise floor {variation['noise_floor']:.4f})"
     )
-    with torch.no_grad():
-        uncorrected = prediction(float(model.lag_max)).cpu().numpy()
-    reached = measured.lags[measured.lags <= measured.lags[fitted].max()]
-    draws = result.predict(reached).reshape(-1, len(reached))
-    fine = np.linspace(0, measured.lags.max(), 200)
-    figure = plots.correlation_figure(
-        measured.lags,
-        measured=(measured.values, measured.sigma),
-        fitted=(reached, draws.mean(0), *np.quantile(draws, BAND, axis=0)),
-        uncorrected=uncorrected,
-        exact=(fine, exact.correlation(obs.a, obs.b, fine, obs.normalization)),
-        ylabel=f"C(lag) of {config.observable.label}",
-        fitted_mask=fitted,
-    )
-    plots.save(figure, folder / "correlation")
-    posterior, prior = result.idata.posterior, config.fit.build_prior()
-    figure = plots.posterior_figure(
-        {name: posterior[name].values for name in ("n_int", "weight", "timescale")},
-        lag_max=model.lag_max,
-        exact_timescale=float(exact.timescales[0]),
-        prior=prior.distribution if prior is not None and prior.on == "n_int" else None,
-    )
-    plots.save(figure, folder / "posterior")
+
+
+def truth(config: Config) -> Truth:
+    """The exact operator, beside the fit."""
+    exact = TransferOperator(config.system.build())
+
+    def curve(obs: Correlation, longest: float) -> Curve:
+        lags = np.linspace(0, longest, 200)
+        return lags, exact.correlation(obs.a, obs.b, lags, obs.normalization)
+
+    return Truth("exact", curve, float(exact.timescales[0]))
 
 
 def bins(exact: TransferOperator) -> np.ndarray:
@@ -129,7 +108,7 @@ def total_variation(exact: TransferOperator, edges: np.ndarray, x: Tensor) -> fl
 
 def unfitted(config: Config, name: str, lags: np.ndarray) -> np.ndarray:
     """Whether the correlation of a feature at each lag was not fitted, (L,)."""
-    if config.experiment is None or name not in (config.observable.a, config.observable.b):
+    if config.experiment is None or name not in config.observable.features:
         return np.ones(len(lags), dtype=bool)
     measured, fitted = read_experiment(config)
     return lags > measured.lags[fitted].max()
@@ -140,11 +119,19 @@ def later(trajectories: Trajectories) -> Tensor:
     return _dense(trajectories)[:, 1:]
 
 
-def _uncorrected(config: Config, model: Interpolator, starts: Tensor, seed: int) -> Trajectories:
+def compared_lags(config: Config) -> np.ndarray:
+    """Lags at which correlations are compared, in frames, (L,)."""
+    return config.section("step").step_lag * np.arange(1, 1 + min(LONGEST, config.sample.n_steps))
+
+
+def sample_uncorrected(
+    config: Config, model: Interpolator, starts: Tensor, seed: int
+) -> Trajectories:
+    """Trajectories of the trained model alone, from the first of the starts."""
     made = sample(
         model,
         uncorrected_step(config, model),
-        starts=starts,
+        starts=starts[:N_UNCORRECTED],
         n_steps=config.sample.n_steps,
         seed=seed,
         device=config.device,

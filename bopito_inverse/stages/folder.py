@@ -38,7 +38,7 @@ class Job:
         verb: name of the verb.
         folder: where its files are.
         settings: what of the run file matters to it, as plain JSON values.
-        inputs: files that it reads, by name.
+        inputs: files and folders that it reads, by name.
         device: where it computes; recorded, not compared.
     """
 
@@ -144,7 +144,9 @@ class Job:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a file, or of the names and contents of all files in a folder."""
+    if path.is_dir():
+        return hashlib.sha256(json.dumps(_hashes(path)).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,7 +1,7 @@
 """What a verb reads: where it is, that it is there, and that it belongs to this run.
 
-Each input is the file that `[data]` names, or else the product of an earlier verb. It is refused
-where it was made with another system or has frames of another shape than the system's.
+Each input is what `[data]` names, or else the product of an earlier verb. It is refused where it
+was made with another system or has frames of another shape than the system's.
 """
 
 import json
@@ -9,19 +9,22 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bopito_inverse.config import Config
-from bopito_inverse.datasets import Frames, LaggedPairs, Trajectories, read_npz, write_npz
+from bopito_inverse.datasets import TIMED, Frames, LaggedPairs, Trajectories, read_npz, write_npz
 from bopito_inverse.interpolator import Interpolator
 from bopito_inverse.models import BoPITOScore, checkpoint
-from bopito_inverse.observables import Experiment
+from bopito_inverse.models.painn import PaiNN
+from bopito_inverse.observables import Correlation, Experiment
 from bopito_inverse.sampling import Interpolate, Propagate, Rollout, renoising_step
 from bopito_inverse.sampling.rollout import Move
 from bopito_inverse.sampling.solvers import DPMSolver
 from bopito_inverse.simulate import BiasedSamples
-from bopito_inverse.systems import Potential1D
+from bopito_inverse.stages.dihedrals import Dihedrals, backbone, names_of
+from bopito_inverse.systems import Molecule, Potential1D
 
 PRODUCTS = {
     "trajectories": ("simulate", "biased.npz"),
@@ -34,7 +37,16 @@ PRODUCTS = {
 def path_of(config: Config, name: str) -> Path:
     """Where an input is, or will be."""
     verb, file = PRODUCTS[name]
+    if name == "trajectories" and config.system.is_molecule:
+        file = "biased"  # a folder of files that other programs read, too
+    if name == "umbrella" and config.simulate is not None and config.simulate.tempering is not None:
+        file = "tempering.npz"
     return getattr(config.data, name) or config.output / verb / file
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file, or a folder of simulations that are finished."""
+    return path.is_file() or (path.is_dir() and not (path / "partial").exists())
 
 
 def find(config: Config, name: str) -> Path:
@@ -44,7 +56,7 @@ def find(config: Config, name: str) -> Path:
         FileNotFoundError: it is not there; the message says what to do.
     """
     path = path_of(config, name)
-    if path.is_file():
+    if path.is_file() or (config.system.is_molecule and name == "trajectories" and is_there(path)):
         return path
     if getattr(config.data, name) is not None:
         raise FileNotFoundError(f"{config.path}: data.{name}: there is no file {path}")
@@ -57,9 +69,8 @@ def find(config: Config, name: str) -> Path:
 
 def read_trajectories(config: Config) -> Trajectories:
     """Trajectories of the system."""
-    path = find(config, "trajectories")
-    trajectories = Trajectories.read(path)
-    system = config.system.build()
+    path, system = find(config, "trajectories"), config.system.build()
+    trajectories = _read_trajectories(path, system)
     _refuse_other(config, path, trajectories.system, trajectories.event_shape, system)
     if not np.isclose(trajectories.frame_time, system.frame_time, rtol=1e-6, atol=0):
         raise ValueError(
@@ -77,8 +88,30 @@ def read_pairs(config: Config) -> Trajectories:
     return trajectories
 
 
+def _read_trajectories(path: Path, system: Potential1D | Molecule) -> Trajectories:
+    """Trajectories, in any format that mdtraj reads where they are of a molecule."""
+    if isinstance(system, Potential1D):
+        return Trajectories.read(path)
+    first = next(path.glob("trajectory_*"), path) if path.is_dir() else path
+    timed = first.suffix in (*TIMED, ".npz")
+    return Trajectories.read(path, system.topology, None if timed else system.frame_time)
+
+
+def read_starts(config: Config) -> Frames:
+    """Frames from which simulations of a molecule start: those of `simulate.starts`."""
+    path, molecule = find_named(config, "simulate.starts"), config.system.build()
+    if path is None:
+        return Frames(molecule.positions[None])
+    if path.suffix == ".npz" and "trajectories" not in read_npz(path, ()):
+        frames = Frames.read(path)
+    else:
+        frames = Frames(_read_trajectories(path, molecule).frames)
+    _refuse_other(config, path, None, frames.event_shape, molecule)
+    return frames
+
+
 def read_umbrella(config: Config) -> BiasedSamples:
-    """Umbrella windows of the system."""
+    """Umbrella windows of the system, or its ladder of temperatures."""
     path = find(config, "umbrella")
     biased = BiasedSamples.read(path)
     system = config.system.build()
@@ -118,7 +151,22 @@ def read_model(config: Config) -> Interpolator:
             f"not with {config.system.arguments or 'its default arguments'}"
         )
     _refuse_other(config, path, None, score.event_shape, system)
+    if isinstance(system, Molecule):
+        _refuse_other_graph(path, score, system)
     return Interpolator(score)
+
+
+def _refuse_other_graph(path: Path, score: BoPITOScore, molecule: Molecule) -> None:
+    """Refuse a model of another molecule with as many atoms."""
+    network = score.s_eq.network
+    if not isinstance(network, PaiNN):
+        raise ValueError(f"{path} must hold the scores of a molecule, got {type(network).__name__}")
+    same = (
+        network.types.tolist() == molecule.atom_types.tolist()
+        and network.bonds == molecule.bonds.tolist()
+    )
+    if not same:
+        raise ValueError(f"{path} was trained on a molecule with other atoms or bonds")
 
 
 def read_step(config: Config, model: Interpolator) -> Rollout:
@@ -145,6 +193,56 @@ def uncorrected_step(config: Config, model: Interpolator) -> Rollout:
     n = math.ceil(section.step_lag / model.lag_max)
     moves = [Propagate(section.step_lag / n)] * n
     return Rollout(moves, section.step_lag, DPMSolver(section.evaluations))
+
+
+def find_named(config: Config, key: str) -> Path | None:
+    """The file or folder that a key such as `data.reference` names, if it names one.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    path: Any = config
+    for part in key.split("."):
+        path = getattr(path, part, None)
+    if not isinstance(path, Path):
+        return None
+    if not is_there(path):
+        raise FileNotFoundError(f"{config.path}: {key}: there is no file {path}")
+    return path
+
+
+def read_reference(config: Config) -> Dihedrals | None:
+    """Backbone dihedrals of unbiased dynamics of the molecule, if they are given.
+
+    Raises:
+        ValueError: no angles of this molecule, or a step that is no whole number of their frames.
+    """
+    path, molecule = find_named(config, "data.reference"), config.system.build()
+    if path is None:
+        return None
+    names = names_of(backbone(molecule.topology))
+    if not names:
+        raise ValueError(f"{config.path}: data.reference: {molecule.name!r} has no phi and psi")
+    if path.suffix == ".npz" and "trajectories" not in read_npz(path, ()):
+        reference = Dihedrals.read(path, names)
+    else:
+        trajectories = _read_trajectories(path, molecule)
+        _refuse_other(config, path, trajectories.system, trajectories.event_shape, molecule)
+        reference = Dihedrals.of(trajectories, molecule.topology)
+    if config.step is not None:
+        frames = config.step.step_lag * molecule.frame_time / reference.frame_time
+        if round(frames) < 1 or abs(frames - round(frames)) > 1e-4:
+            raise ValueError(
+                f"{path}: frame_time must divide a step of {config.step.step_lag} frames of "
+                f"{molecule.frame_time:g} ps, got {reference.frame_time:g} ps"
+            )
+    return reference
+
+
+def read_observables(config: Config) -> dict[str, Correlation]:
+    """The correlation functions, by the names that the experiment has for them."""
+    with located(config.path):
+        return config.observable.build(getattr(config.system.build(), "topology", None))
 
 
 def find_summary(config: Config) -> Path:
@@ -192,17 +290,19 @@ def experiment_files(config: Config) -> dict[str, Path]:
 
 
 def read_experiment(config: Config) -> tuple[Experiment, np.ndarray]:
-    """The measurement of the observable, lags in frames, and which of its points are fitted (L,).
+    """The measurement of the observables, lags in frames, and which points are fitted (L,).
 
     Raises:
-        ValueError: the table is bad, does not hold the observable, has lags that are not multiples
+        ValueError: the table is bad, does not hold an observable, has lags that are not multiples
             of the step, or lacks a lag that is to be fitted.
     """
     files = experiment_files(config)
     frame_time = config.system.build().frame_time
     measured = Experiment.read(files["experiment"], files.get("covariance"), frame_time)
     with located(files["experiment"]):
-        measured = measured.select(config.observable.label)
+        for label in config.observable.labels:
+            measured.select(label)  # refuses one that is not there
+        measured = measured[np.isin(measured.observable, config.observable.labels)]
         measured.steps(config.section("step").step_lag)
     wanted = config.section("experiment").fit_lags
     if wanted is None:
@@ -230,12 +330,11 @@ def _refuse_other(
     path: Path,
     made_with: str | None,
     event_shape: tuple[int, ...],
-    system: Potential1D,
+    system: Potential1D | Molecule,
 ) -> None:
     if made_with not in (None, system.name):
         raise ValueError(
-            f"{path} is of the system {made_with!r}, but system.name in {config.path} is "
-            f"{system.name!r}"
+            f"{path} is of the system {made_with!r}, but that of {config.path} is {system.name!r}"
         )
     if event_shape != system.event_shape:
         raise ValueError(

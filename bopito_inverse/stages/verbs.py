@@ -1,6 +1,7 @@
 """The verbs of a run, each a function of its configuration that fills one folder.
 
     simulate -> biased.npz, umbrella.npz     trajectories with wrong kinetics, windows for mu
+                (biased/ of a molecule)
     reweight -> frames.npz                   frames with MBAR weights that average to mu
     train    -> bopito.safetensors           both scores
     fit      -> posterior.nc, summary.json   N_int by the measured correlation function
@@ -13,9 +14,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 
 from bopito_inverse import models
@@ -26,12 +27,11 @@ from bopito_inverse.inference import FitResult
 from bopito_inverse.inference import fit as fit_n_int
 from bopito_inverse.inference.posterior import write_netcdf
 from bopito_inverse.sampling import sample as sample_trajectories
-from bopito_inverse.simulate import Reweighting, langevin, mbar, umbrella
-from bopito_inverse.stages import comparison, inputs
+from bopito_inverse.simulate import Reweighting, mbar
+from bopito_inverse.stages import comparison, comparison_molecules, inputs, simulation
+from bopito_inverse.stages.fit_figures import draw_fit
 from bopito_inverse.stages.folder import Job, Say, silent, write_json
-
-PURPOSES = ("starts", "biased", "umbrella", "equilibrium", "dynamic", "sample", "comparison")
-
+from bopito_inverse.stages.seeds import seed_for
 
 SECTIONS = {
     "simulate": ("simulate",),
@@ -47,7 +47,13 @@ INPUTS: dict[str, tuple[str, ...]] = {
     "fit": ("checkpoint", "frames"),
     "sample": ("checkpoint", "frames"),
 }
-VERBS = tuple(SECTIONS)
+NAMED = {  # what a molecule may have in addition, by the key that names it
+    "simulate": {"starts": "simulate.starts"},
+    "reweight": {},
+    "train": {},
+    "fit": {"reference": "data.reference"},
+    "sample": {"reference": "data.reference"},
+}
 
 
 def job(config: Config, verb: str) -> Job:
@@ -61,7 +67,7 @@ def job(config: Config, verb: str) -> Job:
     settings["system"] = {"name": config.system.name, **config.system.arguments}
     for name in SECTIONS[verb]:
         settings[name] = config.section(name).model_dump(mode="json")
-    files = {name: inputs.find(config, name) for name in INPUTS[verb]}
+    files = config.system.files | {name: inputs.find(config, name) for name in INPUTS[verb]}
     if verb == "fit":
         settings["experiment"] = {"fit_lags": config.section("experiment").fit_lags}
         files |= inputs.experiment_files(config)
@@ -71,6 +77,9 @@ def job(config: Config, verb: str) -> Job:
         files |= inputs.experiment_files(config)
     if verb == "sample" and config.sample.n_int is None:
         files["fit"] = inputs.find_summary(config)
+    for name, key in NAMED[verb].items():
+        if (path := inputs.find_named(config, key)) is not None:
+            files[name] = path
     return Job(verb, config.output / verb, settings, files, str(as_device(config.device)))
 
 
@@ -92,18 +101,15 @@ def needed(config: Config) -> list[str]:
 
 
 def simulate(config: Config, say: Say = silent, progress: bool = False) -> None:
-    """Write `simulate/biased.npz` (trajectories) and, where windows are given, `umbrella.npz`."""
+    """Write `simulate/biased.npz` (trajectories) and, where windows are given, `umbrella.npz`.
+
+    Trajectories of a molecule are in the folder `biased`, in a format of mdtraj.
+    """
     config.section("simulate")
 
     def make(folder: Path) -> None:
-        biased = folder / "biased.npz"
-        if not biased.exists():  # a file appears when it is complete
-            _langevin(config, progress).write(biased)
-            say(f"  {biased.name}: {config.section('simulate').n_trajectories} trajectories")
-        if config.section("simulate").umbrella is not None:
-            windows = _umbrella(config)
-            windows.write(folder / "umbrella.npz")
-            say(f"  umbrella.npz: {windows.n_windows} windows of {windows.n_frames} frames")
+        simulation.write_trajectories(config, folder, say, progress)
+        simulation.write_windows(config, folder, say, progress)
 
     job(config, "simulate").run(make, say)
 
@@ -124,7 +130,7 @@ def reweight(config: Config, say: Say = silent, progress: bool = False) -> None:
             path = inputs.path_of(config, "umbrella")
             raise ValueError(f"the weights of {path} are unreliable: {result.status}")
         frames = Frames(biased.frames_flat, result.weights)
-        inputs.write_frames(folder / "frames.npz", frames, config.system.name)
+        inputs.write_frames(folder / "frames.npz", frames, config.system.build().name)
         say(
             f"  frames.npz: {len(frames)} frames, worth {result.ess:.0f} independent ones; "
             f"smallest overlap of neighbouring windows {result.smallest_overlap:.2f}"
@@ -148,9 +154,10 @@ def train(config: Config, say: Say = silent, progress: bool = False) -> None:
         s_eq = models.train_equilibrium(
             frames,
             config=section.equilibrium,
-            seed=_seed(config, "equilibrium"),
+            seed=seed_for(config, "equilibrium"),
             folder=folder / "equilibrium",
             forces=system.force(frames.x) / system.kT if section.forces else None,
+            molecule=system if config.system.is_molecule else None,
             **common,
         )
         _save(config, s_eq, folder / "equilibrium.safetensors")
@@ -160,7 +167,7 @@ def train(config: Config, say: Say = silent, progress: bool = False) -> None:
             section.lag_max,
             section.lambda_hat,
             config=section.dynamic,
-            seed=_seed(config, "dynamic"),
+            seed=seed_for(config, "dynamic"),
             folder=folder / "dynamic",
             **common,
         )
@@ -175,21 +182,22 @@ def fit(config: Config, say: Say = silent, progress: bool = False) -> None:
     model = inputs.read_model(config)
     step, frames = inputs.read_step(config, model), inputs.read_frames(config)
     measured, fitted = inputs.read_experiment(config)
-    obs = config.observable.build()
+    observables = inputs.read_observables(config)
+    truth = _comparison(config).truth(config)
 
     def make(folder: Path) -> None:
         with _busy("Fitting N_int", progress):
             result = fit_n_int(
                 model,
                 step,
-                obs,
+                observables,
                 measured[fitted],
                 frames,
                 seed=config.seed,
                 device=config.device,
                 **config.fit.options(),
             )
-            comparison.draw_fit(config, folder, result, model, frames, measured, fitted)
+            draw_fit(config, folder, result, model, frames, measured, fitted, truth)
         _write_result(result, folder)
         say(f"{result}")
 
@@ -198,13 +206,14 @@ def fit(config: Config, say: Say = silent, progress: bool = False) -> None:
 
 def sample(config: Config, say: Say = silent, progress: bool = False) -> None:
     """Write `sample/trajectories.npz`, `sample/comparison.json` and figures."""
-    section = config.sample
+    section, system = config.sample, config.system.build()
     model = inputs.read_model(config)
     step, frames = inputs.read_step(config, model), inputs.read_frames(config)
     n_int, status = inputs.read_n_int(config)
+    inputs.read_reference(config)  # a bad one is refused before the work begins
     if status != "ok":
         say(f"  warning: the fit says {status}; see fit/summary.json before you use these frames")
-    seed = _seed(config, "sample")
+    seed = seed_for(config, "sample")
     x_0 = frames.sample(section.n_trajectories, as_generator(seed, torch.device("cpu"), "starts"))
 
     def make(folder: Path) -> None:
@@ -218,25 +227,26 @@ def sample(config: Config, say: Say = silent, progress: bool = False) -> None:
                 n_int=n_int,
                 seed=seed,
                 out=out,
-                frame_time=config.system.build().frame_time,
-                system=config.system.name,
+                frame_time=system.frame_time,
+                system=system.name,
                 device=config.device,
                 progress=progress,
             )
         size = f"{section.n_trajectories} x {section.n_steps} steps"
         say(f"  trajectories.npz: {size} of {step.step_lag:g} frames, n_int {n_int:.4g}")
-        with _busy("Comparing with the exact operator", progress):
-            report = comparison.compare(
-                config, folder, model, x_0, Trajectories.read(out), _seed(config, "comparison")
+        with _busy("Comparing", progress):
+            report = _comparison(config).compare(
+                config, folder, model, x_0, Trajectories.read(out), seed_for(config, "comparison")
             )
         write_json(folder / "comparison.json", report | {"n_int": n_int})
-        tv = report["total_variation"]
-        say(
-            f"  total variation from the exact density: {tv['corrected']:.4f} "
-            f"(noise floor {tv['noise_floor']:.4f})"
-        )
+        say(f"  {_comparison(config).verdict(report)}")
 
     job(config, "sample").run(make, say)
+
+
+def _comparison(config: Config) -> ModuleType:
+    """What the results of the system are compared with: `truth`, `compare` and `verdict`."""
+    return comparison_molecules if config.system.is_molecule else comparison
 
 
 def _write_result(result: FitResult, folder: Path) -> None:
@@ -259,37 +269,6 @@ def _busy(message: str, show: bool) -> Iterator[None]:
         yield
 
 
-def _langevin(config: Config, progress: bool) -> Trajectories:
-    section = config.section("simulate")
-    low, high = section.starts
-    generator = as_generator(_seed(config, "starts"), torch.device("cpu"))
-    x_0 = low + (high - low) * torch.rand(section.n_trajectories, 1, generator=generator)
-    return langevin(
-        config.system.build(),
-        x_0,
-        section.n_frames,
-        seed=_seed(config, "biased"),
-        barrier=section.barrier,
-        device=config.device,
-        progress=progress,
-    )
-
-
-def _umbrella(config: Config) -> Any:
-    windows = config.section("simulate.umbrella")
-    return umbrella(
-        config.system.build(),
-        np.linspace(windows.low, windows.high, windows.n_windows),
-        windows.stiffness,
-        windows.n_frames,
-        seed=_seed(config, "umbrella"),
-        n_walkers=windows.n_walkers,
-        burn_in=windows.burn_in,
-        stride=windows.stride,
-        device=config.device,
-    )
-
-
 def _plain(result: Reweighting) -> dict[str, Any]:
     """What MBAR says, but for the weights, as JSON values."""
     return {
@@ -309,10 +288,4 @@ def _save(config: Config, score: torch.nn.Module, path: Path) -> None:
         "system": config.system.arguments,
         "settings": config.section("train").model_dump(mode="json"),
     }
-    models.save(score, path, system=config.system.name, training=training)
-
-
-def _seed(config: Config, purpose: str) -> int:
-    """A seed for one purpose, so that no two of them share random numbers."""
-    key = [config.seed, 1 + PURPOSES.index(purpose)]
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+    models.save(score, path, system=config.system.build().name, training=training)
