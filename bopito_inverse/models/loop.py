@@ -261,6 +261,7 @@ def optimise(
             accelerator="cpu" if device.type == "cpu" else "cuda",
             devices=1 if device.index is None else [device.index],
             gradient_clip_val=config.gradient_clip,
+            precision="bf16-mixed" if config.precision == "bfloat16" else "32-true",
             callbacks=callbacks,
             plugins=[_StateIO()],
             logger=False,

@@ -234,9 +234,9 @@ class _Layer(nn.Module):
         sources = self.source(h)[:, None].chunk(3, -1)  # (B, 1, A, F) each
         a, gate, c = (h * filters for h, filters in zip(sources, self.filters, strict=True))
         carried = (gate[:, :, :, None] * v[:, None]).flatten(3)  # (B, K, A, 3 F)
-        got = scalar @ torch.cat([a, carried], -1).flatten(1, 2)
-        s = s + got[..., :f]
-        v = v + got[..., f:].view(b, n, 3, f) + (vector @ c.flatten(1, 2)).view(b, n, 3, f)
+        s = s + scalar @ a.flatten(1, 2)
+        along = scalar @ carried.flatten(1, 2)
+        v = v + along.view(b, n, 3, f) + (vector @ c.flatten(1, 2)).view(b, n, 3, f)
         mixed = self.mix(v)
         mixed = mixed / (1 + mixed.square().sum(-2, keepdim=True)).sqrt()
         p, q, r = mixed.chunk(3, -1)

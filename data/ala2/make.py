@@ -5,7 +5,8 @@
                                            crosses to the other
     reference   reference.npz              dihedrals of 1 microsecond of unbiased MD
     experiment  experiment.csv, held_out.csv    correlation functions of the reference
-    train       frames.npz, equilibrium.safetensors, bopito.safetensors
+    frames      frames.npz                 equilibrium frames with weights, a part of those learned
+    train       equilibrium.safetensors, bopito.safetensors
 
 The work is done under results/ala2 and resumes there after a kill. On two cores of 2024 the stages
 take about 15 minutes, 5 minutes, 1 hour and 15 minutes, seconds, and 1 hour.
@@ -20,12 +21,29 @@ import torch
 
 import bopito_inverse as bi
 from bopito_inverse.datasets import write_npz
+from bopito_inverse.models.train import NetworkConfig, TrainingConfig
 
 HERE = Path(__file__).resolve().parent
 WORK = Path("results/ala2")
 SEED = 0
 KEPT = ("phi", "psi", "distance(ACE1-O, NME3-H)")
 BURN_IN = 1000  # frames, of each trajectory of the reference
+
+LAG_MAX = 50
+LAMBDA_HAT = 0.9995
+SIZE = NetworkConfig(width=48, depth=4)
+EQUILIBRIUM = TrainingConfig(
+    steps=20_000,
+    batch_size=128,
+    learning_rate=3e-3,
+    noise_start=5.0,
+    validation=0.05,
+    compile=True,
+    network=SIZE,
+)
+DYNAMIC = EQUILIBRIUM.model_copy(
+    update={"steps": 12_000, "lag_sampling": "uniform", "network": NetworkConfig(width=32, depth=3)}
+)
 
 # phi, its stiffness, psi, its stiffness: radians and kJ/mol/rad^2. Psi is free but where phi has
 # its barrier: there the way leads through psi of 2.4 to 0.8, and psi relaxes too slowly.
@@ -119,13 +137,70 @@ def reference(molecule: bi.systems.Molecule) -> None:
     write_npz(HERE / "reference.npz", **arrays, frame_time=np.float64(molecule.frame_time))
 
 
+def frames(molecule: bi.systems.Molecule) -> None:
+    """Every fourth of the frames that s_eq learns from."""
+    learned = equilibrium(molecule)
+    print(learned)
+    learned.take(torch.arange(0, len(learned), 4)).write(HERE / "frames.npz")
+
+
+def train(molecule: bi.systems.Molecule) -> None:
+    """Both scores."""
+    s_eq = bi.models.train_equilibrium(
+        equilibrium(molecule),
+        config=EQUILIBRIUM,
+        seed=SEED,
+        folder=WORK / "equilibrium",
+        progress=True,
+        molecule=molecule,
+    )
+    made = {"seed": SEED, "settings": EQUILIBRIUM.model_dump(mode="json")}
+    bi.models.save(s_eq, HERE / "equilibrium.safetensors", molecule.name, made)
+    bopito = bi.models.train_bopito(
+        bi.datasets.Trajectories.read(HERE / "biased.npz"),
+        s_eq,
+        LAG_MAX,
+        LAMBDA_HAT,
+        config=DYNAMIC,
+        seed=SEED,
+        folder=WORK / "dynamic",
+        progress=True,
+    )
+    made = {"seed": SEED, "settings": DYNAMIC.model_dump(mode="json")}
+    bi.models.save(bopito, HERE / "bopito.safetensors", molecule.name, made)
+
+
+def equilibrium(molecule: bi.systems.Molecule) -> bi.datasets.Frames:
+    """Umbrella frames, and those of the biased trajectories, weighted.
+
+    The trajectories are in equilibrium within each side of phi, so that their frames need but the
+    share of their side, which the umbrella windows know. The two sets are weighted by their Kish
+    effective sample sizes.
+    """
+    samples = bi.simulate.BiasedSamples.read(HERE / "umbrella.npz")
+    windows = bi.datasets.Frames(samples.frames_flat, bi.simulate.mbar_weights(samples))
+    share = float(windows.weights[on_the_right(molecule, windows.x)].sum())
+    x = bi.datasets.Trajectories.read(HERE / "biased.npz").frames
+    right = on_the_right(molecule, x)
+    weights = torch.where(right, share / right.sum(), (1 - share) / (~right).sum())
+    paths = bi.datasets.Frames(x, weights)
+    parts = [part.ess * part.weights for part in (windows, paths)]
+    return bi.datasets.Frames(torch.cat([windows.x, paths.x]), torch.cat(parts))
+
+
 def on_the_right(molecule: bi.systems.Molecule, x: torch.Tensor) -> torch.Tensor:
     """Whether phi is between 0 and 126 degrees, (n,)."""
     phi = bi.observables.feature("phi", molecule.topology)(x)
     return (phi > 0) & (phi < 2.2)
 
 
-STAGES = {"umbrella": umbrella, "biased": biased, "reference": reference}
+STAGES = {
+    "umbrella": umbrella,
+    "biased": biased,
+    "reference": reference,
+    "frames": frames,
+    "train": train,
+}
 
 
 def main() -> None:

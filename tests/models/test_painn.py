@@ -172,6 +172,28 @@ def test_training_sampling_and_files(tmp_path: Path) -> None:
     assert torch.isfinite(out.frames).all()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("option", [{"compile": True}, {"precision": "bfloat16"}], ids=str)
+def test_faster_training_is_the_same_training(
+    option: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, real = [], torch.nn.Module.compile
+
+    def in_little_time(module: torch.nn.Module) -> None:
+        compiled.append(type(module).__name__)
+        real(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", in_little_time)
+    config = SHORT.model_copy(update={"steps": 3, "learning_rate": 1e-2, "warmup": 0})
+    slow = train_equilibrium(frames(), config=config, molecule=ALANINE)
+    fast = train_equilibrium(frames(), config=config.model_copy(update=option), molecule=ALANINE)
+    x, t = frames(4), torch.tensor(0.3)
+    x = slow.scaling.standardise(x)
+    torch.testing.assert_close(fast(x, t), slow(x, t), rtol=0.05, atol=0.02)
+    assert (slow(x, t) - slow.noise.sigma(t) * x).abs().max() > 1e-3  # it has learned something
+    assert compiled == (["_Layer"] * 2 if "compile" in option else [])
+
+
 def test_early_stopping_returns_the_best(tmp_path: Path) -> None:
     config = SHORT.model_copy(
         update={

@@ -1,0 +1,138 @@
+"""The Boltzmann generator of alanine dipeptide against 1 microsecond of MD.
+
+    python tests/benchmarks/bench_ala2_equilibrium.py [--frames 20000]
+
+Dihedrals: Jensen-Shannon divergence (nats) of phi, psi and of both to the reference, with that of
+its two halves; the same for the umbrella windows with their weights, from which s_eq learned. The
+right-hand side of phi is 0 to 126 degrees. Bonds, angles and potential energies: those of frames of
+s_eq beside frames of MD (the biased trajectories, reweighted to the sides' shares, energies by
+OpenMM): standard deviation of each bond and angle, as a ratio, and quartiles of the energy.
+"""
+
+import argparse
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import store
+import torch
+
+import bopito_inverse as bi
+from bopito_inverse import plots
+from bopito_inverse.stages.dihedrals import Dihedrals, angles_of, histogram, jensen_shannon
+
+FOLDER = store.DATA / "ala2"
+NAMES = ("phi", "psi")
+BINS, JOINT_BINS = 60, 40
+N_ENERGIES = 2000
+RIGHT = (0.0, 2.2)  # rad
+
+
+def main() -> None:
+    """Measure, print, draw and keep."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--frames", type=int, default=20_000)
+    parser.add_argument("--evaluations", type=int, default=20)
+    parser.add_argument("--checkpoint", default=FOLDER / "equilibrium.safetensors")
+    options = parser.parse_args()
+    molecule = bi.systems.AlanineDipeptide()
+    s_eq = bi.models.load(options.checkpoint, system=molecule.name)
+    solver = bi.sampling.DPMSolver(options.evaluations)
+    made = bi.sampling.generate(s_eq, options.frames, seed=0, solver=solver)
+    learned = bi.datasets.Frames.read(FOLDER / "frames.npz")
+    md = Dihedrals.read(FOLDER / "reference.npz", NAMES)
+    first, second = md.halves()
+    sets: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {
+        "s_eq": (angles_of(made, NAMES, molecule.topology), None),
+        "umbrella": (angles_of(learned.x, NAMES, molecule.topology), learned.weights),
+    }
+    found: dict[str, Any] = {"frames": len(made), "evaluations": options.evaluations}
+    found["jensen_shannon"] = {
+        name: divergence(angles, weights, md.angles(*NAMES), None)
+        for name, (angles, weights) in sets.items()
+    }
+    halves = divergence(first.angles(*NAMES), None, second.angles(*NAMES), None)
+    found["jensen_shannon"]["halves of MD"] = halves
+    sets["MD"] = (md.angles(*NAMES), None)
+    found["right side of phi"] = {name: right_share(*both) for name, both in sets.items()}
+    found["right side of phi"]["MD error"] = float(md.shares("phi", np.array(RIGHT))[1][0])
+    found |= geometry(molecule, made, learned)
+    found["energy"] = energies(molecule, made, learned)
+    for key, value in found.items():
+        print(f"{key}: {value}")
+    figure = plots.ramachandran_figure(
+        {"MD": [sets["MD"][0]], "umbrella": [sets["umbrella"]], "s_eq": [sets["s_eq"][0]]},
+        ["equilibrium"],
+    )
+    figure.savefig(store.RESULTS / "ala2_equilibrium.png", dpi=150)
+    plt.close(figure)
+    store.write("ala2_equilibrium", 0, found)
+
+
+def divergence(
+    p: torch.Tensor, p_weights: torch.Tensor | None, q: torch.Tensor, q_weights: Any
+) -> dict[str, float]:
+    """Of phi, psi and both."""
+    columns = {"phi": [0], "psi": [1], "joint": [0, 1]}
+    bins = {"phi": BINS, "psi": BINS, "joint": JOINT_BINS}
+    return {
+        name: jensen_shannon(
+            histogram(p[:, own], bins[name], p_weights).ravel(),
+            histogram(q[:, own], bins[name], q_weights).ravel(),
+        )
+        for name, own in columns.items()
+    }
+
+
+def right_share(angles: torch.Tensor, weights: torch.Tensor | None) -> float:
+    """Probability of phi between 0 and 126 degrees."""
+    inside = ((angles[:, 0] > RIGHT[0]) & (angles[:, 0] < RIGHT[1])).double()
+    return float(inside.mean() if weights is None else inside @ weights)
+
+
+def geometry(
+    molecule: bi.systems.Molecule, made: torch.Tensor, learned: bi.datasets.Frames
+) -> dict[str, Any]:
+    """Means and standard deviations of bonds (nm) and angles (rad), s_eq beside its frames."""
+    bonds = molecule.bonds.tolist()
+    near = [sorted({i for b in bonds if j in b for i in b} - {j}) for j in range(len(made[0]))]
+    angles = [(i, j, k) for j, own in enumerate(near) for i in own for k in own if i < k]
+    rows = {
+        "bonds": [bi.observables.Distance(*atoms) for atoms in bonds],
+        "angles": [bi.observables.Angle(*atoms) for atoms in angles],
+    }
+    found = {}
+    for name, features in rows.items():
+        worst_shift, ratios = 0.0, []
+        for feature in features:
+            own, truth = feature(made).double(), feature(learned.x).double()
+            mean = learned.weights @ truth
+            std = float((learned.weights @ (truth - mean).square()).sqrt())
+            worst_shift = max(worst_shift, abs(float(own.mean() - mean)))
+            if std > 1e-4:  # others are constrained
+                ratios.append(float(own.std()) / std)
+        found[name] = {
+            "largest shift of a mean": worst_shift,
+            "ratio of standard deviations, smallest, median, largest": [
+                float(x) for x in np.quantile(ratios, [0, 0.5, 1])
+            ],
+        }
+    return found
+
+
+def energies(
+    molecule: bi.systems.Molecule, made: torch.Tensor, learned: bi.datasets.Frames
+) -> dict[str, list[float]]:
+    """5, 25, 50, 75 and 95 % quantiles of the potential energy, kJ/mol."""
+    truth = learned.sample(N_ENERGIES, torch.Generator().manual_seed(0))
+    sets = {"s_eq": made[:N_ENERGIES], "MD": truth}
+    return {
+        name: np.quantile(molecule.energy(x).numpy(), [0.05, 0.25, 0.5, 0.75, 0.95])
+        .round(1)
+        .tolist()
+        for name, x in sets.items()
+    }
+
+
+if __name__ == "__main__":
+    main()
