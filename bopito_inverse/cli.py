@@ -134,8 +134,8 @@ def reweight(
 ) -> None:
     """Weigh umbrella windows, or a ladder of temperatures, to the unbiased equilibrium by MBAR.
 
-    Reads umbrella.npz or tempering.npz, and [reweight]. Writes reweight/frames.npz (weighted frames)
-    and reweighting.json (overlap, free energies, effective sample size).
+    Reads umbrella.npz or tempering.npz, and [reweight]. Writes reweight/frames.npz, which holds
+    weighted frames, and reweighting.json (overlap, free energies, effective sample size).
 
     Example: `bopito-inverse reweight run.toml`
     """

@@ -7,8 +7,10 @@ import torch
 from bopito_inverse import models
 from bopito_inverse.config import Config, SystemSection
 from bopito_inverse.datasets import Frames, Trajectories
-from bopito_inverse.stages import Job, needed, train
+from bopito_inverse.stages import Job, needed, reweight, simulate, train
 from bopito_inverse.stages.comparison import bins, total_variation
+from bopito_inverse.stages.folder import sha256
+from bopito_inverse.stages.inputs import read_experiment
 from bopito_inverse.stages.seeds import PURPOSES, seed_for
 from bopito_inverse.systems import OrnsteinUhlenbeck, TransferOperator
 
@@ -95,6 +97,66 @@ frames = "frames.npz"
         torch.testing.assert_close(asked.value.args[0], -x, atol=1e-4, rtol=0)
     else:
         assert asked.value.args[0] is None
+
+
+def test_tempering_gives_the_equilibrium(tmp_path: Path) -> None:
+    text = """[simulate]
+n_trajectories = 2
+n_frames = 2
+starts = [-1, 1]
+[simulate.tempering]
+low = 1.0
+high = 2.25
+n_windows = 3
+n_frames = 2000
+"""
+    config = read(tmp_path, text).model_copy(
+        update={"output": tmp_path, "system": SystemSection(name="OrnsteinUhlenbeck")}
+    )
+    for verb in (simulate, reweight):
+        verb(config)
+    assert np.allclose(config.section("simulate.tempering").ladder, [1, 1.5, 2.25])
+    assert (tmp_path / "simulate" / "tempering.npz").exists()
+    frames = Frames.read(tmp_path / "reweight" / "frames.npz")
+    assert abs(float(frames.std()) - 1) < 0.1  # the pool alone has 1.2
+
+
+def test_two_sources_of_the_equilibrium_are_refused(tmp_path: Path) -> None:
+    window = "low = 1\nhigh = 2\nn_windows = 2\nn_frames = 20\n"
+    text = "[simulate]\nn_trajectories = 2\nn_frames = 2\nstarts = [-1, 1]\n[simulate.tempering]\n"
+    text += f"{window}[simulate.umbrella]\n{window}stiffness = 5\n"
+    with pytest.raises(ValueError, match=r"simulate: take either \[umbrella\] or \[tempering\]"):
+        read(tmp_path, text)
+
+
+def test_several_observables_are_fitted_together(tmp_path: Path) -> None:
+    (tmp_path / "measured.csv").write_text(
+        "observable,lag,value,sigma\nx,10,0.5,0.1\nx>0,10,0.4,0.1\nx^2,10,0.3,0.1\n"
+    )
+    text = '[observable]\na = ["x", "x>0"]\n[experiment]\nfile = "measured.csv"\n'
+    config = read(tmp_path, f"{text}[step]\nstep_lag = 10\n")
+    measured, fitted = read_experiment(config)
+    assert measured.observables == ("x", "x>0")
+    assert fitted.tolist() == [True, True]
+    observables = config.observable.build()
+    assert list(observables) == ["x", "x>0"]
+    x = torch.tensor([[-1.0], [2.0]])
+    assert observables["x>0"].b(x).tolist() == [[0.0], [1.0]]
+    with pytest.raises(ValueError, match=r"observable must be one of .*, got 'x\*x'"):
+        read_experiment(
+            read(tmp_path, text.replace('["x", "x>0"]', '"x"\nb = "x"') + "[step]\nstep_lag = 10\n")
+        )
+
+
+def test_a_folder_is_known_by_its_files(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("one")
+    before = sha256(tmp_path)
+    (tmp_path / "b").write_text("two")
+    two = sha256(tmp_path)
+    (tmp_path / "b").rename(tmp_path / "c")
+    assert len({before, two, sha256(tmp_path)}) == 3
+    (tmp_path / "c").unlink()
+    assert sha256(tmp_path) == before
 
 
 def test_a_job_that_failed_is_made_again(tmp_path: Path) -> None:

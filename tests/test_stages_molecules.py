@@ -21,7 +21,7 @@ from bopito_inverse.stages.dihedrals import (
     histogram,
     jensen_shannon,
 )
-from bopito_inverse.stages.inputs import read_trajectories
+from bopito_inverse.stages.inputs import read_reference, read_trajectories, read_umbrella
 from bopito_inverse.stages.movies import smooth
 from bopito_inverse.stages.simulation import dihedral_atoms
 from bopito_inverse.systems import AlanineDipeptide
@@ -170,7 +170,7 @@ def test_a_run_reports_what_it_was_compared_with(finished: Path) -> None:
     wave = torch.from_numpy(np.sin(psi.astype(np.float32)))[..., None]
     obs = Correlation(lambda x: x, normalization="variance")
     expected = obs.from_trajectories(wave, [2, 4, 6])[0]
-    blocks = obs.from_trajectories(wave.reshape(10, 80, 1), [2, 4, 6])[0]
+    blocks = obs.from_trajectories(wave.reshape(20, 40, 1), [2, 4, 6])[0]
     assert report["lags"] == [4, 8, 12]
     found = report["correlations"]["sin(psi)"]
     assert found["reference"] == pytest.approx(blocks.tolist(), abs=1e-5)
@@ -183,6 +183,12 @@ def test_a_run_reports_what_it_was_compared_with(finished: Path) -> None:
     ]
     divergence = jensenshannon(*(x.ravel() for x in whole)) ** 2
     assert report["jensen_shannon"]["phi, psi"]["reference_halves"] == pytest.approx(divergence)
+    torsions = report["ramachandran"]["phi, psi"]
+    start = np.radians(torsions["start_degrees"])
+    off = np.angle(np.exp(1j * (np.stack([phi, psi]) - start[:, None, None])))
+    near = (np.abs(off) <= math.radians(30)).all(0)
+    assert torsions["lags"] == [4, 12]
+    assert torsions["frames"]["MD"] == [near[:, :-2].sum(), near[:, :-6].sum()]
     frames = Frames.read(results / "reweight" / "frames.npz")
     energy = AlanineDipeptide().energy(frames.x).numpy()
     order = energy.argsort()
@@ -330,6 +336,67 @@ workers = 1
     assert torch.stack([frames[0].mean() for frames in made]).min() > 0.9
     Frames(x).write(tmp_path / "starts.npz")
     refused(["input starts", "is not the file that was used"], "simulate", run_file)
+
+
+def test_tempering_is_weighed_to_the_temperature_of_the_molecule(tmp_path: Path) -> None:
+    text = """output = "{}"
+[system]
+name = "AlanineDipeptide"
+steps_per_frame = 5
+[simulate]
+workers = 1
+[simulate.tempering]
+low = 300
+high = 432
+n_windows = 3
+n_frames = 100
+burn_in = 2
+"""
+    run_file = read(tmp_path, text.format(tmp_path / "out"))
+    config = Config.read(run_file)
+    assert np.allclose(config.section("simulate.tempering").ladder, [300, 360, 432])
+    assert invoke("simulate", run_file)[0] == 0
+    assert not (tmp_path / "out" / "simulate" / "biased").exists()
+    made = read_umbrella(config)
+    hot = made.form["energies"].view(3, 100).mean(1)
+    assert bool((hot.diff() > 0).all())
+    kelvin = made.form["ladder"] / made.kT * 300
+    assert kelvin.tolist() == pytest.approx([300, 360, 432])
+
+
+@pytest.mark.parametrize("name", ["mine.dcd", "mine.xtc", "mine.npz", "many"])
+def test_trajectories_of_other_programs_are_read(tmp_path: Path, name: str) -> None:
+    molecule = AlanineDipeptide()
+    x = molecule.positions + 0.01 * torch.randn(3, 5, 22, 3)
+    path = tmp_path / name
+    if name == "many":
+        path.mkdir()
+        Trajectories(x, 1.0).write(path / "trajectory.xtc", molecule.topology)
+    else:
+        Trajectories(x[:1], 1.0).write(path, molecule.topology)
+    text = f'[system]\nname = "AlanineDipeptide"\n[data]\ntrajectories = "{name}"\n'
+    text += f'reference = "{name}"\n'
+    config = Config.read(read(tmp_path, text))
+    found = read_trajectories(config)
+    assert (len(found), found.frame_time) == (3 if name == "many" else 1, 1.0)
+    reference = read_reference(config)
+    for i, (angles, frames) in enumerate(zip(reference.trajectories, found, strict=True)):
+        whole = mdtraj.Trajectory(frames.numpy(), molecule.topology)
+        expected = [f(whole)[1][:, 0] for f in (mdtraj.compute_phi, mdtraj.compute_psi)]
+        assert np.allclose(angles.T, expected, atol=1e-4), i
+
+
+def test_trajectories_at_another_time_step_are_refused(tmp_path: Path) -> None:
+    molecule = AlanineDipeptide()
+    Trajectories(molecule.positions.repeat(1, 5, 1, 1), 2.0).write(
+        tmp_path / "mine.xtc", molecule.topology
+    )
+    text = '[system]\nname = "AlanineDipeptide"\n[data]\ntrajectories = "mine.xtc"\n'
+    words = ["mine.xtc: frame_time must be that of alanine dipeptide (1), got 2"]
+    refused(words, "check", read(tmp_path, text))
+    Trajectories(torch.zeros(1, 5, 21, 3), 1.0).write(tmp_path / "mine.npz")
+    words = ["mine.npz must hold frames of shape (22, 3), as alanine dipeptide has, got (21, 3)"]
+    refused(words, "check", read(tmp_path, text.replace("xtc", "npz")))
 
 
 def test_a_movie_is_smooth(tmp_path: Path) -> None:

@@ -134,6 +134,7 @@ def sample_uncorrected(
         starts=starts[:N_UNCORRECTED],
         n_steps=config.sample.n_steps,
         seed=seed,
+        frame_time=config.system.build().frame_time,
         device=config.device,
     )
     assert made is not None  # only where a file is written

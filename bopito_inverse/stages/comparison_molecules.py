@@ -3,9 +3,9 @@ r"""The corrected model of a molecule beside unbiased dynamics, where these are 
 Distributions of phi, psi and both are compared by the Jensen-Shannon divergence of their histograms
 (see `dihedrals`); its floor is that of two halves of the reference. Kinetics are compared by the
 variance-normalised autocorrelations of the sines and cosines, as in `comparison`, and by the frames
-that follow some lags after a start in the most populated well. Potential energies are those of
-output frames, kJ/mol, beside those of equilibrium frames; they hold nothing of constrained bonds,
-of which OpenMM leaves the terms out.
+that follow some lags after those within 30 degrees of a start in the most populated well. Potential
+energies are those of output frames, kJ/mol, beside those of equilibrium frames; they hold nothing
+of constrained bonds, of which OpenMM leaves the terms out.
 """
 
 import math
@@ -70,11 +70,13 @@ def compare(
     made = {name: Dihedrals.of(x, molecule.topology) for name, x in models.items()}
     reference = read_reference(config)
     equilibrium = angles_of(frames.x, names_of(pairs), molecule.topology), frames.weights
-    starting = _densest(equilibrium)
+    torsions = {}
     for i, pair in enumerate(pairs):
-        _draw_ramachandran(config, folder, made, reference, pair, starting[2 * i : 2 * i + 2])
+        start = _densest(equilibrium[0][:, 2 * i : 2 * i + 2], frames.weights)
+        torsions[", ".join(pair)] = _draw_ramachandran(config, folder, made, reference, pair, start)
         _draw_free_energy(folder, made, reference, pair[0], len(pairs))
     return report | {
+        "ramachandran": torsions,
         "jensen_shannon": _divergences(pairs, made, equilibrium, reference),
         "share_of_positive_phi": _shares(pairs, made, equilibrium, reference),
         "lags": compared_lags(config).tolist(),
@@ -130,8 +132,12 @@ def _energies(
     generator = as_generator(seed, torch.device("cpu"), "energies")
     some = {"equilibrium_frames": frames.sample(N_ENERGIES, generator)}
     for name, trajectories in models.items():
-        later = torch.cat([x[1:] for x in trajectories])
-        some[name] = later[torch.randint(len(later), (N_ENERGIES,), generator=generator)]
+        n, n_frames = len(trajectories), int(trajectories.lengths[0])
+        i, k = (
+            torch.randint(low, high, (N_ENERGIES,), generator=generator)
+            for low, high in ((0, n), (1, n_frames))
+        )
+        some[name] = trajectories.frames.unflatten(0, (n, n_frames))[i, k]
     report: dict[str, Any] = {"unit": "kJ/mol", "frames": N_ENERGIES}
     for name, x in some.items():
         energy = molecule.energy(x).numpy()
@@ -224,7 +230,7 @@ def _timescale(config: Config, reference: Dihedrals | None) -> dict[str, Any] | 
     if reference is None:
         return None
     lag = int(_in_reference(config, reference, np.array([config.section("step").step_lag]))[0])
-    blocks = reference.blocks(shortest=4 * lag)
+    blocks = reference.blocks(shortest=4 * lag)  # for standard errors
     if not 2 <= lag < max(len(x) for x in blocks.trajectories):
         return None
     topology = config.system.build().topology
@@ -241,8 +247,9 @@ def _timescale(config: Config, reference: Dihedrals | None) -> dict[str, Any] | 
         lambda angles: torch.stack([f(angles) for f in functions if f is not None], dim=1),
     )
     frames = reference.frame_time / config.system.build().frame_time
+    seen = found.status in ("ok", "unsettled")
     return {
-        "value": found.value * frames,
+        "value": found.value * frames if seen else math.inf,
         "standard_error": found.error * frames,
         "status": found.status,
     }
@@ -271,16 +278,11 @@ def _in_reference(config: Config, reference: Dihedrals, lags: np.ndarray) -> np.
     return np.rint(lags * ratio).astype(int)
 
 
-def _densest(equilibrium: tuple[Tensor, Tensor]) -> np.ndarray:
-    """Angles of the equilibrium frame in the fullest bin of each pair, (2 n_pairs,)."""
-    angles, weights = equilibrium
-    found = []
-    for pair in angles.split(2, dim=1):
-        share = histogram(pair, JOINT_BINS, weights)
-        phi, psi = np.unravel_index(share.argmax(), share.shape)
-        centre = -math.pi + 2 * math.pi * (np.array([phi, psi]) + 0.5) / JOINT_BINS
-        found.append(centre)
-    return np.concatenate(found)
+def _densest(angles: Tensor, weights: Tensor) -> np.ndarray:
+    """The centre of the fullest bin of angles (n, 2), rad, (2,)."""
+    share = histogram(angles, JOINT_BINS, weights)
+    index = np.unravel_index(share.argmax(), share.shape)
+    return -math.pi + 2 * math.pi * (np.array(index) + 0.5) / JOINT_BINS
 
 
 def _draw_ramachandran(
@@ -290,8 +292,8 @@ def _draw_ramachandran(
     reference: Dihedrals | None,
     pair: tuple[str, str],
     start: np.ndarray,
-) -> None:
-    """Rows of phi and psi at increasing lags after frames near a start."""
+) -> dict[str, Any]:
+    """Rows of phi and psi at increasing lags after frames near a start; what they show."""
     lags = compared_lags(config)
     chosen = lags[[k - 1 for k in sorted({1, min(3, len(lags)), len(lags)})]]
     step, frame_time = config.section("step").step_lag, config.system.build().frame_time
@@ -306,6 +308,12 @@ def _draw_ramachandran(
     figure = plots.ramachandran_figure(rows, titles, start)
     n_pairs = len(made["corrected"].names) // 2
     plots.save(figure, folder / figure_name("ramachandran", pair[0], n_pairs))
+    return {
+        "start_degrees": np.degrees(start).tolist(),
+        "within_degrees": math.degrees(NEAR),
+        "lags": chosen.tolist(),
+        "frames": {name: [len(part) for part in parts] for name, parts in rows.items()},
+    }
 
 
 def _after(dihedrals: Dihedrals, pair: tuple[str, str], start: np.ndarray, k: int) -> np.ndarray:

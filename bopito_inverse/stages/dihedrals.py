@@ -26,7 +26,7 @@ from bopito_inverse.observables import Correlation, Observable, feature
 if TYPE_CHECKING:
     import mdtraj
 
-N_BLOCKS = 10  # at least, where trajectories are long enough
+N_BLOCKS = 20  # at least, where trajectories are long enough
 CHUNK = 65_536  # frames
 FUNCTIONS: dict[str, Observable] = {
     "{}": lambda angle: angle,
