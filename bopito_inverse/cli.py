@@ -298,8 +298,10 @@ def _molecule_table(report: dict[str, Any]) -> Table:
             table.add_row(label, *_numbers(error, ".3f"))
     for name, part in report.get("jensen_shannon", {}).items():
         if "reference_halves" in part:
-            label = f"Jensen-Shannon divergence of {name} (halves {part['reference_halves']:.4f})"
-            table.add_row(label, *_numbers(part, ".4f"))
+            label = f"Jensen-Shannon divergence of {name} (noise floor)"
+            floors = [part[f"{model}_noise_floor"] for model in ("uncorrected", "corrected")]
+            cells = zip(_numbers(part, ".4f"), floors, strict=True)
+            table.add_row(label, *(f"{value} ({floor:.4f})" for value, floor in cells))
     shares = dict(report.get("share_of_positive_phi", {}))
     low, high = shares.pop("interval_degrees", (0, 0))
     for name, part in shares.items():

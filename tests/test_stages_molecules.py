@@ -183,6 +183,11 @@ def test_a_run_reports_what_it_was_compared_with(finished: Path) -> None:
     ]
     divergence = jensenshannon(*(x.ravel() for x in whole)) ** 2
     assert report["jensen_shannon"]["phi, psi"]["reference_halves"] == pytest.approx(divergence)
+    floor, n = report["jensen_shannon"]["phi, psi"]["corrected_noise_floor"], 36
+    share = np.histogram2d(phi.ravel(), psi.ravel(), 40, limits)[0].ravel() / phi.size
+    draws = np.random.default_rng(1).multinomial(n, share, size=200) / n
+    floors = [jensenshannon(draw, share) ** 2 for draw in draws]
+    assert abs(floor - np.mean(floors)) < 4 * np.std(floors)
     torsions = report["ramachandran"]["phi, psi"]
     start = np.radians(torsions["start_degrees"])
     off = np.angle(np.exp(1j * (np.stack([phi, psi]) - start[:, None, None])))

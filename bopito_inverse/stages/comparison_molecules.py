@@ -1,7 +1,8 @@
 r"""The corrected model of a molecule beside unbiased dynamics, where these are given.
 
 Distributions of phi, psi and both are compared by the Jensen-Shannon divergence of their histograms
-(see `dihedrals`); its floor is that of two halves of the reference. Kinetics are compared by the
+(see `dihedrals`), beside that of as many independent draws from the histogram of the reference,
+its noise floor, and that of two halves of the reference. Kinetics are compared by the
 variance-normalised autocorrelations of the sines and cosines, as in `comparison`, and by the frames
 that follow some lags after those within 30 degrees of a start in the most populated well. Potential
 energies are those of output frames, kJ/mol, beside those of equilibrium frames; they hold nothing
@@ -45,7 +46,7 @@ from bopito_inverse.systems import Molecule
 
 MARGINAL_BINS, JOINT_BINS = 60, 40  # for each angle
 RARE = (0.0, 120.0)  # degrees of phi: the left-handed region
-NEAR = math.radians(30)  # of a start
+NEAR = 30.0  # degrees, of a start
 N_ENERGIES = 200
 QUARTILES = {"lower_quartile": 0.25, "median": 0.5, "upper_quartile": 0.75}
 
@@ -77,7 +78,7 @@ def compare(
         _draw_free_energy(folder, made, reference, pair[0], len(pairs))
     return report | {
         "ramachandran": torsions,
-        "jensen_shannon": _divergences(pairs, made, equilibrium, reference),
+        "jensen_shannon": _divergences(pairs, made, equilibrium, reference, seed),
         "share_of_positive_phi": _shares(pairs, made, equilibrium, reference),
         "lags": compared_lags(config).tolist(),
         "correlations": _correlations(config, made, reference),
@@ -91,8 +92,8 @@ def verdict(report: dict[str, Any]) -> str:
     if joint and "reference_halves" in joint[0]:
         return (
             "Jensen-Shannon divergence of phi and psi from the reference: "
-            f"{joint[0]['corrected']:.4f} (halves of the reference "
-            f"{joint[0]['reference_halves']:.4f})"
+            f"{joint[0]['corrected']:.4f} (noise floor {joint[0]['corrected_noise_floor']:.4f}, "
+            f"halves of the reference {joint[0]['reference_halves']:.4f})"
         )
     energy = report["energy"]
     return (
@@ -150,34 +151,36 @@ def _divergences(
     made: dict[str, Dihedrals],
     equilibrium: tuple[Tensor, Tensor],
     reference: Dihedrals | None,
+    seed: int,
 ) -> dict[str, Any]:
     """Jensen-Shannon divergences from the reference, of each angle and each pair."""
     if reference is None:
         return {}
-    names = list(names_of(pairs))
+    names, rng = list(names_of(pairs)), np.random.default_rng(seed)
+    angles, weights = equilibrium
     samples = {name: x.later() for name, x in made.items()}
+    frames = {name: len(x.angles(names[0])) for name, x in samples.items()}
     report: dict[str, Any] = {
         "unit": "nats",
         "bins": {"marginal": MARGINAL_BINS, "joint": f"{JOINT_BINS} x {JOINT_BINS}"},
-        "frames": {name: len(x.angles(names[0])) for name, x in samples.items()}
-        | {"reference": len(reference.angles(names[0]))},
+        "frames": frames | {"reference": len(reference.angles(names[0]))},
     }
-    first, second = reference.halves()
+    halves = reference.halves()
     for group in [part for pair in pairs for part in ((pair[0],), (pair[1],), pair)]:
         bins = MARGINAL_BINS if len(group) == 1 else JOINT_BINS
         target = histogram(reference.angles(*group), bins)
-        angles, weights = equilibrium
         of_frames = angles[:, [names.index(name) for name in group]]
-        found = {"equilibrium_frames": histogram(of_frames, bins, weights)} | {
-            name: histogram(x.angles(*group), bins) for name, x in samples.items()
-        }
-        report[", ".join(group)] = {
-            name: jensen_shannon(own, target) for name, own in found.items()
-        } | {
+        own = {
+            "equilibrium_frames": jensen_shannon(histogram(of_frames, bins, weights), target),
             "reference_halves": jensen_shannon(
-                histogram(first.angles(*group), bins), histogram(second.angles(*group), bins)
-            )
+                *(histogram(x.angles(*group), bins) for x in halves)
+            ),
         }
+        for name, x in samples.items():
+            own[name] = jensen_shannon(histogram(x.angles(*group), bins), target)
+            drawn = rng.multinomial(frames[name], target.ravel()) / frames[name]
+            own[f"{name}_noise_floor"] = jensen_shannon(drawn, target.ravel())
+        report[", ".join(group)] = own
     return report
 
 
@@ -310,7 +313,7 @@ def _draw_ramachandran(
     plots.save(figure, folder / figure_name("ramachandran", pair[0], n_pairs))
     return {
         "start_degrees": np.degrees(start).tolist(),
-        "within_degrees": math.degrees(NEAR),
+        "within_degrees": NEAR,
         "lags": chosen.tolist(),
         "frames": {name: [len(part) for part in parts] for name, parts in rows.items()},
     }
@@ -324,7 +327,7 @@ def _after(dihedrals: Dihedrals, pair: tuple[str, str], start: np.ndarray, k: in
         torch.cat(part).numpy() for part in ([x[:-k] for x in series], [x[k:] for x in series])
     )
     off = np.abs(np.remainder(now - start + math.pi, 2 * math.pi) - math.pi).max(1)
-    return later[off <= max(NEAR, off.min())]
+    return later[off <= max(math.radians(NEAR), off.min())]
 
 
 def _draw_free_energy(
