@@ -312,8 +312,8 @@ def _molecule_table(report: dict[str, Any]) -> Table:
         table.add_row(label, *_numbers(part, ".4f"))
     sources = ("equilibrium_frames", "uncorrected", "corrected")
     energy = {name: report["energy"][name]["median"] for name in sources}
-    label = f"median energy / kJ/mol (equilibrium frames {energy['equilibrium_frames']:.1f})"
-    table.add_row(label, *_numbers(energy, ".1f"))
+    label = f"median energy / kJ/mol (equilibrium frames {energy['equilibrium_frames']:.4g})"
+    table.add_row(label, *_numbers(energy, ".4g"))
     return table
 
 

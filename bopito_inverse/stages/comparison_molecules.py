@@ -97,8 +97,8 @@ def verdict(report: dict[str, Any]) -> str:
         )
     energy = report["energy"]
     return (
-        f"median potential energy {energy['corrected']['median']:.1f} kJ/mol (equilibrium frames "
-        f"{energy['equilibrium_frames']['median']:.1f})"
+        f"median potential energy {energy['corrected']['median']:.4g} kJ/mol (equilibrium frames "
+        f"{energy['equilibrium_frames']['median']:.4g})"
     )
 
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-import numpy as np
+import torch
+from torch import Tensor
 
 from bopito_inverse.datasets import Trajectories
 from bopito_inverse.systems import Molecule
@@ -16,19 +17,24 @@ def write_movies(folder: Path, trajectories: Trajectories, molecule: Molecule) -
 
     Sampled frames have any orientation: each is put on the frame before it.
     """
-    some = [
-        smooth(trajectories[i].numpy(), molecule) for i in range(min(N_MOVIES, len(trajectories)))
-    ]
+    some = [smooth(trajectories[i]) for i in range(min(N_MOVIES, len(trajectories)))]
     movies = Trajectories(some, trajectories.frame_time, trajectories.system)
     movies.write(folder / FILE, molecule.topology)
 
 
-def smooth(frames: np.ndarray, molecule: Molecule) -> np.ndarray:
-    """Frames (n_frames, n_atoms, 3), each moved and turned onto the one before."""
-    import mdtraj
+def smooth(frames: Tensor) -> Tensor:
+    """Frames (n_frames, n_atoms, 3), each moved and turned onto the one before.
 
-    movie = mdtraj.Trajectory(frames.copy(), molecule.topology)
-    for i in range(1, len(frames)):
-        moved = movie.slice([i], copy=False).superpose(movie, frame=i - 1)
-        movie.xyz[i] = moved.xyz[0]
-    return movie.xyz
+    The rotation is the best one by Kabsch (Acta Cryst. A32, 922, 1976), from the singular value
+    decomposition of the correlation of both frames.
+    """
+    centre = frames[:1].double().mean(1, keepdim=True)
+    x = frames.double() - frames.double().mean(1, keepdim=True)
+    u, _, v = torch.linalg.svd(x[1:].mT @ x[:-1])
+    mirrored = torch.linalg.det(u @ v) < 0
+    u[mirrored, :, 2] *= -1
+    turn, turned = torch.eye(3, dtype=x.dtype), [x[0]]
+    for frame, rotation in zip(x[1:], u @ v, strict=True):
+        turn = rotation @ turn
+        turned.append(frame @ turn)
+    return (torch.stack(turned) + centre).to(frames.dtype)
