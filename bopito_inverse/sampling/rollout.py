@@ -47,10 +47,10 @@ class Normal:
         generator: torch.Generator,
         antithetic: bool = False,
         copies: int = 1,
-        scaling: Scaling | None = None,
+        scaling: nn.Module | Tensor | None = None,
     ) -> None:
         self.generator = generator
-        self.scaling = scaling or Scaling()
+        self.scaling: Any = scaling or Scaling()
         self.antithetic = antithetic
         self.copies = copies
 

@@ -125,7 +125,7 @@ def log_mean_errors(biased: BiasedSamples, f_k: np.ndarray, log_a: np.ndarray) -
         log_a: logarithms of several a at each frame, -inf where a is zero, `(n_total, n_a)`.
 
     Returns:
-        `(n_a,)`, infinite for one block in each window.
+        `(n_a,)`, infinite for one block in each window and where windows do not overlap.
     """
     u_kn = biased.reduced_bias.cpu().numpy()
     log_w, p = _log_weights(u_kn, f_k, biased.n_frames)
@@ -141,7 +141,8 @@ def log_mean_errors(biased: BiasedSamples, f_k: np.ndarray, log_a: np.ndarray) -
     n_blocks = sums.shape[1]
     if n_blocks == 1:
         return np.full(log_a.shape[1], math.inf)
-    return np.sqrt((sums**2).sum((0, 1)) * n_blocks / (n_blocks - 1))
+    with np.errstate(over="ignore"):  # windows that do not overlap: infinite
+        return np.sqrt((sums**2).sum((0, 1)) * n_blocks / (n_blocks - 1))
 
 
 def _block_sums(values: np.ndarray, n_walkers: int) -> np.ndarray:
