@@ -10,8 +10,9 @@ where an MLP of s_j gives a_j, b_j and c_j, and A_k, B_k and C_k scale each feat
 arXiv 2102.03150, eqs. 7 and 8, with filters that are linear in the radial functions). The sum over
 j and k is then a product of a matrix (A, K A) of radial functions with features of atoms (K A, F):
 nothing of size (A, A, F) is made. Then features mix at each atom, through p . q and p . (q x r) of
-three combinations p, q and r of its vectors, shortened to below one. A cross product turns as a vector does but keeps its sign under reflection, so
-that a molecule differs from its mirror image (Schreiner et al., arXiv 2305.18046).
+three combinations p, q and r of its vectors, shortened to below one. A cross product turns as a
+vector does but keeps its sign under reflection, so that a molecule differs from its mirror image
+(Schreiner et al., arXiv 2305.18046).
 
 Distances are seen in units of what is known of each pair. With mean m and standard deviation s over
 the frames of the training, the distance d in a noised frame has about

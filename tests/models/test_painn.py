@@ -150,7 +150,7 @@ def test_training_sampling_and_files(tmp_path: Path) -> None:
     s_eq = train_equilibrium(frames(), config=held_out, molecule=ALANINE, folder=tmp_path / "eq")
     rows = (tmp_path / "eq" / "validation.csv").read_text().splitlines()
     assert rows[0] == "step,loss"
-    assert 10 == int(rows[1].split(",")[0])
+    assert int(rows[1].split(",")[0]) == 10
     bopito = train_bopito(trajectories, s_eq, lag_max=4, lambda_hat=0.9, config=SHORT)
     ito = train_ito(trajectories, lag_max=4, config=SHORT, molecule=ALANINE)
     torch.testing.assert_close(bopito.s_dyn.network.pair_mean, s_eq.network.pair_mean)
