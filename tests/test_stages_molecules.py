@@ -15,6 +15,7 @@ from bopito_inverse.cli import app
 from bopito_inverse.config import Config
 from bopito_inverse.datasets import Frames, Trajectories
 from bopito_inverse.observables import Correlation, feature
+from bopito_inverse.shipped import shipped_data
 from bopito_inverse.stages.dihedrals import (
     Dihedrals,
     backbone,
@@ -26,7 +27,7 @@ from bopito_inverse.stages.movies import smooth
 from bopito_inverse.stages.simulation import dihedral_atoms
 from bopito_inverse.systems import AlanineDipeptide
 
-DIALANINE = Path(__file__).parent / "systems" / "structures" / "dialanine.pdb"
+DIALANINE = shipped_data("ala2") / "dialanine.pdb"
 VERBS = ("simulate", "reweight", "train", "fit", "sample")
 TINY = """
 device = "cpu"

@@ -13,10 +13,11 @@ from bopito_inverse.models.checkpoint import load, save
 from bopito_inverse.models.painn import PaiNN
 from bopito_inverse.models.train import NetworkConfig, TrainingConfig
 from bopito_inverse.sampling import Propagate, Renoise, Rollout, generate, sample
+from bopito_inverse.shipped import shipped_data
 from bopito_inverse.systems import AlanineDipeptide, Molecule
 
 ALANINE = AlanineDipeptide()
-DIALANINE = Molecule(Path(__file__).parents[1] / "systems" / "structures" / "dialanine.pdb")
+DIALANINE = Molecule(shipped_data("ala2") / "dialanine.pdb")
 SIZE = NetworkConfig(width=8, depth=2, n_radial=4)
 SHORT = TrainingConfig(steps=30, batch_size=16, noise_start=5.0, network=SIZE)
 

@@ -2,7 +2,6 @@
 
 import math
 import pickle
-from pathlib import Path
 
 import mdtraj
 import pytest
@@ -14,7 +13,7 @@ from bopito_inverse.observables import Angle, Correlation, Dihedral, Distance, f
 from bopito_inverse.observables.features import FEATURES
 from bopito_inverse.shipped import shipped_data
 
-DIALANINE = Path(__file__).parents[1] / "systems" / "structures" / "dialanine.pdb"
+DIALANINE = shipped_data("ala2") / "dialanine.pdb"
 
 
 @pytest.fixture(scope="module")

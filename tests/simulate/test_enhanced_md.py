@@ -5,7 +5,6 @@ other force the dihedral is uniform, and von Mises distributed in a window k (1 
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import openmm
@@ -13,6 +12,7 @@ import pytest
 import torch
 from scipy.special import i0, i1
 
+from bopito_inverse.shipped import shipped_data
 from bopito_inverse.simulate import (
     free_energy_profile,
     mbar,
@@ -24,7 +24,7 @@ from bopito_inverse.simulate.enhanced_md import _exchange, _set_biases, _with_bi
 from bopito_inverse.systems.molecules import AlanineDipeptide, Molecule
 
 PHI, PSI = [4, 6, 8, 10], [6, 8, 10, 16]
-DIALANINE = Path(__file__).parents[1] / "systems" / "structures" / "dialanine.pdb"
+DIALANINE = shipped_data("ala2") / "dialanine.pdb"
 
 
 def rotor(barrier: float = 0.0) -> Molecule:

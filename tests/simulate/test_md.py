@@ -19,10 +19,11 @@ import pytest
 import torch
 
 from bopito_inverse.datasets import Trajectories
+from bopito_inverse.shipped import shipped_data
 from bopito_inverse.simulate import fastest_platform, md, molecular_dynamics
 from bopito_inverse.systems import AlanineDipeptide, Molecule
 
-DIALANINE = Path(__file__).parents[1] / "systems" / "structures" / "dialanine.pdb"
+DIALANINE = shipped_data("ala2") / "dialanine.pdb"
 MOLECULE = AlanineDipeptide(steps_per_frame=20)
 
 

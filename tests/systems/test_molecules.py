@@ -12,7 +12,7 @@ from openmm import app
 from bopito_inverse.shipped import shipped_data
 from bopito_inverse.systems import AlanineDipeptide, Molecule
 
-DIALANINE = Path(__file__).parent / "structures" / "dialanine.pdb"
+DIALANINE = shipped_data("ala2") / "dialanine.pdb"
 ALANINE = shipped_data("ala2") / "alanine_dipeptide.pdb"
 
 
