@@ -433,6 +433,23 @@ def test_shares_have_the_error_of_their_blocks() -> None:
     assert error.mean() == pytest.approx(share.std(), rel=0.15)
 
 
+def test_weights_of_a_reference_count_in_all_that_is_compared(tmp_path: Path) -> None:
+    phi = np.where(np.arange(40)[:, None] % 2 == 0, 1.0, -1.0) * np.ones((40, 12))
+    weights = np.where(phi[:, 0] > 0, 0.1, 0.9)
+    np.savez(tmp_path / "md.npz", phi=phi, psi=0 * phi, frame_time=1.0, weights=weights)
+    made = Dihedrals.read(tmp_path / "md.npz", ("phi", "psi"))
+    for part in (made, made.later(), made.blocks(80), *made.halves()):
+        assert part.shares("phi", np.array([0.0, 3.0]))[0] == pytest.approx(0.1)
+        assert part.share(2, "phi").tolist() == pytest.approx([0.9, 0.1])
+    obs = Correlation(lambda angles: angles[:, 0], normalization="raw")
+    obs_connected = Correlation(lambda angles: angles[:, 0], normalization="connected")
+    assert made.correlation(obs, np.array([2]))[0] == pytest.approx(1.0)
+    assert made.correlation(obs_connected, np.array([2]))[0] == pytest.approx(4 * 0.1 * 0.9)
+    np.savez(tmp_path / "md.npz", phi=phi, psi=phi, frame_time=1.0, weights=weights[1:])
+    with pytest.raises(ValueError, match="weights must be positive, one for each of 40"):
+        Dihedrals.read(tmp_path / "md.npz", ("phi", "psi"))
+
+
 def test_divergence_of_shifted_samples() -> None:
     angles = torch.rand(100_000, 1, generator=torch.Generator().manual_seed(0)) * math.pi
     p, q = histogram(angles - math.pi, 60), histogram(angles - math.pi / 2, 60)

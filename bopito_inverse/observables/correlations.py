@@ -223,6 +223,7 @@ class Correlation:
         trajectories: Iterable[Tensor | np.ndarray],
         lags: Sequence[int] | np.ndarray | Tensor,
         n_blocks: int = 50,
+        weights: Sequence[float] | np.ndarray | Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Time-averaged estimate: E runs over every pair of frames of every trajectory.
 
@@ -231,6 +232,9 @@ class Correlation:
             lags: whole numbers of frames, zero allowed, shape `(L,)`.
             n_blocks: trajectories, in the order given, are joined into at most this many blocks
                 for the jackknife. Trajectories that depend on each other should be neighbours.
+            weights: of the pairs of each trajectory, `(n_trajectories,)`, where starts were not
+                drawn from equilibrium but weigh like that. Blocks should then be alike: let
+                trajectories of large and of small weights take turns.
 
         Returns:
             `(value, standard_error)`, each `(L,)`, float64. The standard error is that of a
@@ -252,6 +256,14 @@ class Correlation:
         if not sums:
             raise ValueError("trajectories must hold at least one trajectory, got none")
         per_trajectory = torch.stack(sums)
+        if weights is not None:
+            w = torch.as_tensor(weights).to(per_trajectory)
+            if w.shape != (len(sums),) or not (w > 0).all():
+                raise ValueError(
+                    f"weights must be positive, one for each of {len(sums)} trajectories, got "
+                    f"{weights!r}"
+                )
+            per_trajectory = per_trajectory * (w / w.mean())[:, None, None]
         _check_reached(k, per_trajectory)
         blocks = per_trajectory.tensor_split(min(as_count("n_blocks", n_blocks), len(sums)))
         return self._jackknife(torch.stack([block.sum(0) for block in blocks]))

@@ -168,16 +168,14 @@ def _divergences(
     halves = reference.halves()
     for group in [part for pair in pairs for part in ((pair[0],), (pair[1],), pair)]:
         bins = MARGINAL_BINS if len(group) == 1 else JOINT_BINS
-        target = histogram(reference.angles(*group), bins)
+        target = reference.share(bins, *group)
         of_frames = angles[:, [names.index(name) for name in group]]
         own = {
             "equilibrium_frames": jensen_shannon(histogram(of_frames, bins, weights), target),
-            "reference_halves": jensen_shannon(
-                *(histogram(x.angles(*group), bins) for x in halves)
-            ),
+            "reference_halves": jensen_shannon(*(x.share(bins, *group) for x in halves)),
         }
         for name, x in samples.items():
-            own[name] = jensen_shannon(histogram(x.angles(*group), bins), target)
+            own[name] = jensen_shannon(x.share(bins, *group), target)
             drawn = rng.multinomial(frames[name], target.ravel()) / frames[name]
             own[f"{name}_noise_floor"] = jensen_shannon(drawn, target.ravel())
         report[", ".join(group)] = own
@@ -216,8 +214,8 @@ def _correlations(
         values = {}
         for name, x in _with(reference, made).items():
             at = steps if x is not reference else _in_reference(config, x, lags)
-            some = Dihedrals(x.names, x.trajectories[:N_CORRELATED], x.frame_time)
-            values[name], error = (some if x is not reference else x).correlation(obs, at)
+            some = x if x is reference else x.first(N_CORRELATED)
+            values[name], error = some.correlation(obs, at)
             own |= {name: values[name].tolist(), f"{name}_standard_error": error.tolist()}
         if reference is not None and compared.any():
             own["mean_abs_error"] = {

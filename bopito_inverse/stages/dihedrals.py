@@ -11,7 +11,7 @@ is zero where they are equal and log 2 where they have no bin in common. Standar
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +44,14 @@ class Dihedrals:
         names: of the dihedrals.
         trajectories: angles in rad, from -pi to pi, each (n_frames, n_dihedrals).
         frame_time: ps.
+        weights: of the frames of each trajectory, (n_trajectories,), by which they average to the
+            equilibrium; None for equal ones.
     """
 
     names: tuple[str, ...]
     trajectories: list[Tensor]
     frame_time: float
+    weights: Tensor | None = None
 
     @classmethod
     def of(cls, trajectories: Trajectories, topology: "mdtraj.Topology") -> "Dihedrals":
@@ -61,6 +64,8 @@ class Dihedrals:
     @classmethod
     def read(cls, path: Path, names: Sequence[str]) -> "Dihedrals":
         """From an `.npz` with an array (n_trajectories, n_frames) for each, and `frame_time`.
+
+        It may hold `weights` (n_trajectories,).
 
         Raises:
             ValueError: an array is missing, of another shape, or holds no angles in rad.
@@ -78,7 +83,23 @@ class Dihedrals:
                 raise ValueError(f"{path}: {name} must hold angles in rad, from -pi to pi")
         stacked = np.stack([arrays[name] for name in names], axis=-1).astype(np.float32)
         frame_time = as_positive(f"{path}: frame_time", float(arrays["frame_time"]))
-        return cls(tuple(names), list(torch.from_numpy(stacked)), frame_time)
+        weights = torch.from_numpy(arrays["weights"]).double() if "weights" in arrays else None
+        if weights is not None and (weights.shape != shape[:1] or not (weights > 0).all()):
+            raise ValueError(
+                f"{path}: weights must be positive, one for each of {shape[0]} trajectories"
+            )
+        return cls(tuple(names), list(torch.from_numpy(stacked)), frame_time, weights)
+
+    @property
+    def frame_weights(self) -> Tensor | None:
+        """Weight of each frame, (n,), or None for equal ones."""
+        if self.weights is None:
+            return None
+        return self.weights.repeat_interleave(torch.tensor([len(x) for x in self.trajectories]))
+
+    def share(self, bins: int, *names: str) -> np.ndarray:
+        """Share of the frames in each of `bins` bins for each of these angles, sum 1."""
+        return histogram(self.angles(*names), bins, self.frame_weights)
 
     def angles(self, *names: str) -> Tensor:
         """All frames in a row, (n, len(names))."""
@@ -87,27 +108,30 @@ class Dihedrals:
 
     def later(self) -> "Dihedrals":
         """Without the first frame of each trajectory."""
-        return Dihedrals(self.names, [x[1:] for x in self.trajectories], self.frame_time)
+        return replace(self, trajectories=[x[1:] for x in self.trajectories])
+
+    def first(self, n: int) -> "Dihedrals":
+        """The first trajectories, at most n."""
+        return self._part(slice(n))
+
+    def _part(self, part: slice) -> "Dihedrals":
+        weights = None if self.weights is None else self.weights[part]
+        return replace(self, trajectories=self.trajectories[part], weights=weights)
 
     def halves(self) -> tuple["Dihedrals", "Dihedrals"]:
         """The first and the second half, of the trajectories or of the only one."""
-        parts = self.blocks(2).trajectories if len(self.trajectories) == 1 else self.trajectories
-        middle = len(parts) // 2
-        first, second = (
-            Dihedrals(self.names, part, self.frame_time)
-            for part in (parts[:middle], parts[middle:])
-        )
-        return first, second
+        whole = self.blocks(2) if len(self.trajectories) == 1 else self
+        middle = len(whole.trajectories) // 2
+        return whole._part(slice(middle)), whole._part(slice(middle, None))
 
     def blocks(self, n_blocks: int = N_BLOCKS, shortest: int = 1) -> "Dihedrals":
         """The same frames in `n_blocks` trajectories or more, none cut below `shortest` frames."""
         n = math.ceil(n_blocks / len(self.trajectories))
-        parts = [
-            part
-            for x in self.trajectories
-            for part in x.tensor_split(max(1, min(n, len(x) // shortest)))
-        ]
-        return Dihedrals(self.names, parts, self.frame_time)
+        parts = [x.tensor_split(max(1, min(n, len(x) // shortest))) for x in self.trajectories]
+        weights = self.weights
+        if weights is not None:
+            weights = weights.repeat_interleave(torch.tensor([len(own) for own in parts]))
+        return replace(self, trajectories=[x for own in parts for x in own], weights=weights)
 
     def shares(self, name: str, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shares of the frames in the bins of one dihedral, and standard errors, each (n_bins,).
@@ -115,9 +139,11 @@ class Dihedrals:
         Errors are infinite for one block.
         """
         column = self.names.index(name)
-        blocks = [block[:, column].numpy() for block in self.blocks().trajectories if len(block)]
-        hits = np.array([np.histogram(block, edges)[0] for block in blocks], dtype=float)
-        sizes = np.array([len(block) for block in blocks])
+        whole = self.blocks()
+        w = np.ones(len(whole.trajectories)) if whole.weights is None else whole.weights.numpy()
+        blocks = [block[:, column].numpy() for block in whole.trajectories]
+        hits = np.array([np.histogram(block, edges)[0] for block in blocks]) * w[:, None]
+        sizes = np.array([len(block) for block in blocks]) * w
         share, b = hits.sum(0) / sizes.sum(), len(blocks)
         if b == 1:
             return share, np.full(len(share), math.inf)
@@ -129,11 +155,13 @@ class Dihedrals:
 
         NaN at lags (whole numbers of frames) that no trajectory reaches.
         """
-        blocks = self.blocks(shortest=4 * int(lags.max())).trajectories
-        reached = lags < max(len(block) for block in blocks)
+        whole = self.blocks(shortest=4 * int(lags.max()))
+        reached = lags < max(len(block) for block in whole.trajectories)
         found = np.full((2, len(lags)), math.nan)
         if reached.any():
-            value, error = obs.from_trajectories(blocks, lags[reached])
+            value, error = obs.from_trajectories(
+                whole.trajectories, lags[reached], weights=whole.weights
+            )
             found[:, reached] = value.numpy(), error.numpy()
         return found[0], found[1]
 

@@ -3,7 +3,7 @@
     umbrella    umbrella.npz               windows on phi, and on psi at the barrier of phi
     biased      biased.npz                 short trajectories of both sides of phi, none of which
                                            crosses to the other
-    reference   reference.npz              dihedrals of 1 microsecond of unbiased MD
+    reference   reference.npz              angles of 1 microsecond of unbiased MD
     experiment  experiment.csv, held_out.csv    correlation functions of the reference
     frames      frames.npz                 equilibrium frames with weights, a part of those learned
     train       equilibrium.safetensors, bopito.safetensors
@@ -26,8 +26,7 @@ from bopito_inverse.models.train import NetworkConfig, TrainingConfig
 HERE = Path(__file__).resolve().parent
 WORK = Path("results/ala2")
 SEED = 0
-KEPT = ("phi", "psi", "distance(ACE1-O, NME3-H)")
-BURN_IN = 1000  # frames, of each trajectory of the reference
+DISTANCE = "distance(ACE1-O, NME3-H)"
 
 LAG_MAX = 50
 LAMBDA_HAT = 0.9995
@@ -95,21 +94,7 @@ def umbrella(molecule: bi.systems.Molecule) -> None:
 
 def biased(molecule: bi.systems.Molecule) -> None:
     """Short trajectories from equilibrium of either side of phi; those that cross are left out."""
-    samples = bi.simulate.BiasedSamples.read(HERE / "umbrella.npz")
-    frames = bi.datasets.Frames(samples.frames_flat, bi.simulate.mbar_weights(samples))
-    generator = torch.Generator().manual_seed(SEED + 3)
-    right = on_the_right(molecule, frames.x)
-    starts = [frames.take(side.nonzero()[:, 0]).sample(150, generator) for side in (right, ~right)]
-    made = bi.simulate.molecular_dynamics(
-        molecule,
-        torch.cat(starts),
-        n_frames=201,
-        folder=WORK / "biased",
-        seed=SEED + 4,
-        platform="Reference",
-        executor=os.cpu_count(),
-        progress=True,
-    )
+    made = from_both_sides(molecule, 150, 201, "biased", SEED + 3)
     sides = [on_the_right(molecule, trajectory) for trajectory in made]
     stays = torch.tensor([bool((side == side[0]).all()) for side in sides])
     print(f"{int(stays.sum())} of {len(made)} trajectories stay on their side of phi")
@@ -117,24 +102,48 @@ def biased(molecule: bi.systems.Molecule) -> None:
 
 
 def reference(molecule: bi.systems.Molecule) -> None:
-    """1 microsecond of unbiased MD; two angles and a distance are kept, in half precision."""
-    made = bi.simulate.molecular_dynamics(
+    """Unbiased MD, of which two angles and a distance are kept, in half precision.
+
+    Half of the trajectories start on the right side of phi, where few would ever go. Weights give
+    each side its share of the equilibrium.
+    """
+    made = from_both_sides(molecule, 100, 5001, "reference", SEED + 5)
+    made = made.take(torch.arange(len(made)).view(2, -1).T.flatten())  # right and left in turn
+    right = on_the_right(molecule, torch.stack([trajectory[0] for trajectory in made]))
+    share = right_share(molecule)
+    weights = torch.where(right, share / right.sum(), (1 - share) / (~right).sum())
+    kept = {}
+    for name in ("phi", "psi", DISTANCE):
+        value = bi.observables.feature(name, molecule.topology)(made.frames)
+        half = value.numpy().astype(np.float16)
+        kept[name.split("(")[0]] = half.reshape(len(made), -1)
+    write_npz(
+        HERE / "reference.npz",
+        **kept,
+        weights=weights.numpy(),
+        frame_time=np.float64(molecule.frame_time),
+    )
+
+
+def from_both_sides(
+    molecule: bi.systems.Molecule, n_each: int, n_frames: int, name: str, seed: int
+) -> bi.datasets.Trajectories:
+    """MD from the umbrella equilibrium within each side of phi, first all of the right side."""
+    windows = umbrella_frames()
+    generator = torch.Generator().manual_seed(seed)
+    right = on_the_right(molecule, windows.x)
+    sides = [windows.take(side.nonzero()[:, 0]) for side in (right, ~right)]
+    starts = torch.cat([side.sample(n_each, generator) for side in sides])
+    return bi.simulate.molecular_dynamics(
         molecule,
-        molecule.positions.expand(20, *molecule.event_shape),
-        n_frames=50_001,
-        folder=WORK / "reference",
-        seed=SEED + 5,
+        starts,
+        n_frames,
+        folder=WORK / name,
+        seed=seed + 1,
         platform="Reference",
         executor=os.cpu_count(),
         progress=True,
     )
-    kept = {name: [] for name in KEPT}
-    for trajectory in made:
-        for name, values in kept.items():
-            value = bi.observables.feature(name, molecule.topology)(trajectory[BURN_IN:])
-            values.append(value.numpy().astype(np.float16))
-    arrays = {name.split("(")[0]: np.stack(values) for name, values in kept.items()}
-    write_npz(HERE / "reference.npz", **arrays, frame_time=np.float64(molecule.frame_time))
 
 
 def frames(molecule: bi.systems.Molecule) -> None:
@@ -177,15 +186,25 @@ def equilibrium(molecule: bi.systems.Molecule) -> bi.datasets.Frames:
     share of their side, which the umbrella windows know. The two sets are weighted by their Kish
     effective sample sizes.
     """
-    samples = bi.simulate.BiasedSamples.read(HERE / "umbrella.npz")
-    windows = bi.datasets.Frames(samples.frames_flat, bi.simulate.mbar_weights(samples))
-    share = float(windows.weights[on_the_right(molecule, windows.x)].sum())
+    windows, share = umbrella_frames(), right_share(molecule)
     x = bi.datasets.Trajectories.read(HERE / "biased.npz").frames
     right = on_the_right(molecule, x)
     weights = torch.where(right, share / right.sum(), (1 - share) / (~right).sum())
     paths = bi.datasets.Frames(x, weights)
     parts = [part.ess * part.weights for part in (windows, paths)]
     return bi.datasets.Frames(torch.cat([windows.x, paths.x]), torch.cat(parts))
+
+
+def umbrella_frames() -> bi.datasets.Frames:
+    """All frames of the windows, with their weights in the unbiased equilibrium."""
+    samples = bi.simulate.BiasedSamples.read(HERE / "umbrella.npz")
+    return bi.datasets.Frames(samples.frames_flat, bi.simulate.mbar_weights(samples))
+
+
+def right_share(molecule: bi.systems.Molecule) -> float:
+    """Probability of the right side of phi."""
+    windows = umbrella_frames()
+    return float(windows.weights[on_the_right(molecule, windows.x)].sum())
 
 
 def on_the_right(molecule: bi.systems.Molecule, x: torch.Tensor) -> torch.Tensor:

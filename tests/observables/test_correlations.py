@@ -317,3 +317,24 @@ def test_cuda_agrees_with_cpu(normalization):
     value, error = correlation.from_trajectories([x.cuda() for x in trajectories], [0, 1])
     expected = correlation.from_trajectories(trajectories, [0, 1])
     torch.testing.assert_close((value.cpu(), error.cpu()), expected)
+
+
+def test_weights_make_biased_starts_an_equilibrium() -> None:
+    """Two states that exchange seldom, three quarters of the walkers in the one of weight 1/10."""
+    rng, leave = np.random.default_rng(0), np.array([0.002, 0.018])
+    starts = np.array([1, 1, 1, 0] * 400)  # equilibrium has 0.9 and 0.1
+    states = [starts]
+    for _ in range(150):
+        jump = rng.random(len(starts)) < leave[states[-1]]
+        states.append(np.where(jump, 1 - states[-1], states[-1]))
+    trajectories = torch.from_numpy(np.stack(states, axis=1)[..., None].astype(np.float32))
+    weights = np.where(starts == 0, 0.9 / 400, 0.1 / 1200)
+    correlation, lags = Correlation(position, normalization="connected"), [0, 20, 60, 100]
+    value, error = correlation.from_trajectories(trajectories, lags, weights=weights)
+    truth = torch.from_numpy(0.09 * (1 - leave.sum()) ** np.array(lags))
+    assert (error < 0.1 * truth[0]).all()
+    assert ((value - truth).abs() < 4 * error).all()
+    equal, _ = correlation.from_trajectories(trajectories, lags)
+    assert ((equal - truth).abs() > 4 * error).all()
+    with pytest.raises(ValueError, match="weights must be positive, one for each of 1600"):
+        correlation.from_trajectories(trajectories, lags, weights=weights[:-1])
