@@ -20,12 +20,14 @@ import numpy as np
 import torch
 
 import bopito_inverse as bi
-from bopito_inverse.datasets import write_npz
+from bopito_inverse.datasets import read_npz, write_npz
 from bopito_inverse.models.train import NetworkConfig, TrainingConfig
 
 HERE = Path(__file__).resolve().parent
 WORK = Path("results/ala2")
 SEED = 0
+LAGS = np.array([500, 1000, 1500, 2000, 3000])
+N_BLOCKS = 50  # of trajectories, as many of either side in each
 DISTANCE = "distance(ACE1-O, NME3-H)"
 
 LAG_MAX = 50
@@ -125,6 +127,42 @@ def reference(molecule: bi.systems.Molecule) -> None:
     )
 
 
+def experiment(molecule: bi.systems.Molecule) -> None:
+    """Correlation functions of the reference, with the covariance of a jackknife over blocks."""
+    arrays = read_npz(HERE / "reference.npz", ("phi", "distance", "weights"))
+    phi, distance = (torch.from_numpy(arrays[name]).float() for name in ("phi", "distance"))
+    series = {"sin(phi)": phi.sin(), "cos(phi)": phi.cos(), DISTANCE: distance}
+    weights = torch.from_numpy(arrays["weights"])
+    for file, names in (("experiment", ("sin(phi)", "cos(phi)")), ("held_out", (DISTANCE,))):
+        values, covariance = measured([series[name] for name in names], weights)
+        table = bi.observables.Experiment(
+            np.tile(LAGS, len(names)),
+            values,
+            np.sqrt(np.diag(covariance)),
+            covariance,
+            observable=np.repeat(names, len(LAGS)),
+        )
+        table.write(HERE / f"{file}.csv", HERE / f"{file}_covariance.npz")
+        print(table)
+
+
+def measured(series: list[torch.Tensor], weights: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Autocorrelations of numbers along trajectories, each (n, n_frames), one after the other."""
+    obs = bi.observables.Correlation(lambda x: x[:, 0], normalization="variance")
+
+    def values(rows: torch.Tensor) -> np.ndarray:
+        found = [
+            obs.from_trajectories(x[rows, :, None], LAGS, weights=weights[rows]) for x in series
+        ]
+        return torch.cat([value for value, _ in found]).numpy()
+
+    rows = torch.arange(len(weights))
+    blocks = rows.tensor_split(N_BLOCKS)
+    without = np.stack([values(rows[~torch.isin(rows, block)]) for block in blocks])
+    off = without - without.mean(0)
+    return values(rows), off.T @ off * (N_BLOCKS - 1) / N_BLOCKS
+
+
 def from_both_sides(
     molecule: bi.systems.Molecule, n_each: int, n_frames: int, name: str, seed: int
 ) -> bi.datasets.Trajectories:
@@ -217,6 +255,7 @@ STAGES = {
     "umbrella": umbrella,
     "biased": biased,
     "reference": reference,
+    "experiment": experiment,
     "frames": frames,
     "train": train,
 }
