@@ -158,7 +158,7 @@ def _molecular_windows(config: Config, kind: str, parts: Path, progress: bool) -
 
 def _processes(config: Config, n_tasks: int) -> int | None:
     """How many processes; None for this one alone."""
-    wanted = config.section("simulate").workers or len(os.sched_getaffinity(0))
+    wanted = config.section("simulate").workers or os.cpu_count() or 1
     n = min(wanted, n_tasks)
     return n if n > 1 else None
 
