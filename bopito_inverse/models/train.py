@@ -38,6 +38,7 @@ from bopito_inverse.models.scores import BoPITOScore, DynamicScore, EquilibriumS
 from bopito_inverse.noise import Scaling, VPSchedule, per_replica
 from bopito_inverse.systems.molecules import Molecule
 
+GRAPH = ("kind", "atom_types", "bonds")  # what a network must know of a molecule
 Batch = tuple[Tensor, ...]
 Loss = Callable[[nn.Module, torch.Generator], Tensor]
 
@@ -299,15 +300,15 @@ def _velocity_loss(
 
 
 def _graph(molecule: Molecule | None, event_shape: tuple[int, ...]) -> dict[str, Any] | None:
-    """What a network must know of a molecule: kind of network, atom types and bonds."""
+    """What a network must know of a molecule, and None where there is none."""
     if molecule is None:
         return None
     if event_shape != molecule.event_shape:
         raise ValueError(
             f"frames of {molecule.name!r} must have shape {molecule.event_shape}, got {event_shape}"
         )
-    types, bonds = molecule.atom_types.tolist(), molecule.bonds.tolist()
-    return {"kind": "painn", "atom_types": types, "bonds": bonds}
+    known = ("painn", molecule.atom_types.tolist(), molecule.bonds.tolist())
+    return dict(zip(GRAPH, known, strict=True))
 
 
 def _build(
@@ -323,14 +324,13 @@ def _build(
 
 
 def _build_like(s_eq: EquilibriumScore, config: TrainingConfig, seed: int) -> DynamicScore:
-    """A dynamic score of the same diffusion and molecule."""
-    own = s_eq.network
-    graph = None
-    if isinstance(own, PaiNN):
-        graph = {key: own.config()[key] for key in ("kind", "atom_types", "bonds")}
+    """A dynamic score of the same diffusion and molecule; `s_eq` may be exact."""
+    own: Any = getattr(s_eq, "network", None)
+    known = isinstance(own, PaiNN)
+    graph = {key: own.config()[key] for key in GRAPH} if known else None
     arguments = config.network.arguments(graph)
     score = _drawn(DynamicScore, s_eq.event_shape, arguments, s_eq.noise, s_eq.scaling, seed)
-    if isinstance(own, PaiNN):
+    if known:
         score.network.pair_mean.copy_(own.pair_mean)
         score.network.pair_std.copy_(own.pair_std)
     return score
