@@ -442,6 +442,7 @@ class FitSection(_Section):
     target_mc_fraction: float | None = Field(default=None, gt=0, lt=1)
     discrepancy: Literal["auto"] | bool | float = "auto"
     dof: float | None = Field(default=None, gt=0)
+    uniform_share: float = Field(default=0.0, ge=0, lt=1)
     prior: dict[str, float | str] | None = None
 
     @field_validator("prior")

@@ -94,8 +94,8 @@ def other_step(emulator: Emulator) -> Amplitude:
 
 def uncorrelated(prediction: Prediction) -> np.ndarray:
     """Correlation of each observable between independent frames of mu, (n_observables,)."""
-    starts = prediction.starts
-    return np.array([float(obs.uncorrelated(starts)) for obs in prediction.obs.values()])
+    starts, weights = prediction.starts, prediction.weights
+    return np.array([float(obs.uncorrelated(starts, weights)) for obs in prediction.obs.values()])
 
 
 def _outputs(emulator: Emulator, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

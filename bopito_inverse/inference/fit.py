@@ -67,6 +67,7 @@ def fit(
     discrepancy: bool | float | str = "auto",
     target_mc_fraction: float | None = None,
     max_replicas: int = MAX_REPLICAS,
+    uniform_share: float = 0.0,
 ) -> FitResult:
     """Fit N_int to measured correlation functions.
 
@@ -99,6 +100,9 @@ def fit(
             (0, 1), met to about a third of itself, by an estimate from few replicas; 0.1 where
             `n_replicas` is not given.
         max_replicas: limit to what `target_mc_fraction` may ask for.
+        uniform_share: share of the replicas that start from all frames alike and are weighted
+            instead (see `prediction`). Where a slow process leads to a state that is rare in mu but
+            not among the frames (umbrella windows), 0.5 saves most of the replicas.
 
     Returns:
         The posterior, with a status that says whether to trust it.
@@ -129,7 +133,9 @@ def fit(
     longest = [design.n_steps * step.step_lag]
 
     def predict(of: Rollout, replicas: int) -> Prediction:
-        return Prediction(model, of, observables, longest, starts, seed, replicas, device)
+        return Prediction(
+            model, of, observables, longest, starts, seed, replicas, device, uniform_share
+        )
 
     return _Fit(design, keep, options, step, predict).run()
 

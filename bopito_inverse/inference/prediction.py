@@ -6,6 +6,11 @@ by Monte Carlo over replicas. The same starts and the same noise are used at eve
 random numbers), so that g is a smooth function of n_int, and replicas come in antithetic pairs,
 with the same start and opposite noise.
 
+States that are rare in mu get few starts. With a `uniform_share` s, starts are drawn from frames i
+of weight w_i not by w_i but by q_i = (1 - s) w_i + s / n, and all means over replicas are weighted
+by w_i / q_i, which is at most 1 / (1 - s) (defensive importance sampling; Hesterberg, Technometrics
+37, 185, 1995).
+
 A replica r depends on its own n_int alone, so that one pass in forward mode, with the tangent one
 for every replica, gives all derivatives dx_kr / dn_r beside the frames, and keeps nothing of the
 solver steps that lead there. Reverse mode through the observable alone completes the chain rule,
@@ -65,6 +70,12 @@ class Prediction:
         seed: integer; the same seed gives the same random numbers at every n_int.
         n_replicas: number of rollouts, in antithetic pairs.
         device: `auto`, `cpu` or `cuda`.
+        uniform_share: share of the replicas whose starts are drawn from all frames alike, in
+            [0, 1), for frames that hold more of rare states than mu does, as umbrella windows do.
+
+    Attributes:
+        weights: importance weight of each pair of replicas, (n_pairs,), mean one; None for equal
+            ones.
 
     Raises:
         ValueError: lags that are not multiples of the step, starts of the wrong shape.
@@ -80,6 +91,7 @@ class Prediction:
         seed: int = 0,
         n_replicas: int = 4096,
         device: Device | str = "auto",
+        uniform_share: float = 0.0,
     ) -> None:
         if not isinstance(model, Interpolator):
             raise ValueError(f"model must be an Interpolator, got {type(model).__name__}")
@@ -94,7 +106,10 @@ class Prediction:
         if not isinstance(starts, Frames):
             starts = Frames(as_frames("starts", starts))
         as_frames("starts", starts.x[:1], model.event_shape)
-        self.starts = _resample(starts.to(self.device), self.n_pairs, seed)
+        if not 0 <= uniform_share < 1:
+            raise ValueError(f"uniform_share must lie in [0, 1), got {uniform_share}")
+        drawn = _resample(starts.to(self.device), self.n_pairs, seed, uniform_share)
+        self.starts, self.weights = drawn
 
     @property
     def n_steps(self) -> int:
@@ -115,6 +130,11 @@ class Prediction:
     def n_replicas(self) -> int:
         """Number of rollouts R; replica r and replica r + R / 2 are antithetic partners."""
         return 2 * self.n_pairs
+
+    @property
+    def _both(self) -> Tensor | None:
+        """Weights of all replicas, (n_replicas,)."""
+        return None if self.weights is None else self.weights.repeat(2)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -170,9 +190,9 @@ class Prediction:
     def _node(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Value (M,) and influence (n_pairs, M) from the frames (n_steps + 1, R, *event)."""
         correlations = [
-            obs.contributions(frames[0], frames[1:], groups=2) for obs in self.obs.values()
+            obs.contributions(frames[0], frames[1:], 2, self._both) for obs in self.obs.values()
         ]
-        eigenvalue, influence = second_eigenvalue(self._series(frames), groups=2)
+        eigenvalue, influence = second_eigenvalue(self._series(frames), 2, self._both)
         values = [made.value for made in correlations]
         influences = [made.influence for made in correlations]
         return torch.cat([*values, eigenvalue[None]]), torch.cat(
@@ -195,7 +215,7 @@ class Prediction:
         """The value of a call, from frames at the start and at the steps of lags."""
         where = np.unique(self.steps, return_inverse=True)[1]
         later = frames[torch.as_tensor(where + 1)]
-        values = [obs(frames[0], later) for obs in self.obs.values()]
+        values = [obs(frames[0], later, self._both) for obs in self.obs.values()]
         return values[0] if self._single else torch.stack(values)
 
     def _check_differentiable(self) -> None:
@@ -305,8 +325,13 @@ def as_observables(obs: Correlation | Mapping[str, Correlation]) -> dict[str, Co
     return dict(named)
 
 
-def _resample(frames: Frames, n: int, seed: int) -> Tensor:
-    """Systematic resample of weighted frames in random order."""
+def _resample(frames: Frames, n: int, seed: int, share: float) -> tuple[Tensor, Tensor | None]:
+    """Systematic resample of weighted frames in random order, with importance weights."""
     generator = as_generator(seed, frames.x.device, "starts")
-    index = frames.systematic(n, generator)
-    return frames.x[index[torch.randperm(n, generator=generator, device=frames.x.device)]]
+    drawn = Frames(frames.x, (1 - share) * frames.weights + share / len(frames))
+    index = drawn.systematic(n, generator)
+    index = index[torch.randperm(n, generator=generator, device=frames.x.device)]
+    if share == 0:
+        return frames.x[index], None
+    weights = frames.weights[index] / drawn.weights[index]
+    return frames.x[index], weights / weights.mean()

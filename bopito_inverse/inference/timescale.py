@@ -12,12 +12,15 @@ from bopito_inverse.observables.relaxation import hats, quantile_knots, slow_mod
 N_KNOTS = 16
 
 
-def second_eigenvalue(series: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
+def second_eigenvalue(
+    series: Tensor, groups: int = 1, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """lambda_2 of one step, and the influence of each independent replica on it.
 
     Args:
         series: observables along rollouts, (n_observables, n_steps + 1, R).
         groups: replicas r, r + R / groups, ... are averaged, as in `Correlation.contributions`.
+        weights: importance weights of the replicas, (R,), of mean one; equal ones by default.
 
     Returns:
         Value () and influence (R / groups,), float64.
@@ -30,6 +33,9 @@ def second_eigenvalue(series: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
         raise ValueError("obs must vary between the predicted frames, got a constant")
     phi = torch.cat([hats(s, quantile_knots(s, N_KNOTS)) for s in series], dim=-1)
     now, later = phi[:-1].flatten(0, 1), phi[1:].flatten(0, 1)
-    mode = slow_mode(now.T @ now / len(now), now.T @ later / len(now))
-    influence = mode.influence(now, later).unflatten(0, (len(phi) - 1, groups, -1)).mean((0, 1))
+    w = now.new_ones(1) if weights is None else weights.double().repeat(len(phi) - 1)
+    weighted = w[:, None] * now
+    mode = slow_mode(weighted.T @ now / len(now), weighted.T @ later / len(now))
+    influence = w * mode.influence(now, later)
+    influence = influence.unflatten(0, (len(phi) - 1, groups, -1)).mean((0, 1))
     return mode.eigenvalue, influence - influence.mean()

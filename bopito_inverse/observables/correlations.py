@@ -14,7 +14,8 @@ To first order its estimate is a mean over the `R` replicas of the *influence* (
     f(mean m) - f(E[m]) ~ 1/R sum_r phi_r,      phi_r = grad f (mean m) . (m_r - mean m),
 
 so that `sum_r phi_r phi_r^T / (R (R - 1))` is the covariance of the estimates at all lags. Where
-replicas come in groups (antithetic pairs), `phi` is first averaged over each group.
+replicas come in groups (antithetic pairs), `phi` is first averaged over each group. Where they
+carry weights `w_r` of mean one, `E` and `Var` are weighted and `phi_r` is multiplied by `w_r`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -167,11 +168,13 @@ class Correlation:
     def __repr__(self) -> str:
         return f"Correlation({self.name}, normalization={self.normalization!r})"
 
-    def __call__(self, x_0: Tensor, x_k: Tensor) -> Tensor:
+    def __call__(self, x_0: Tensor, x_k: Tensor, weights: Tensor | None = None) -> Tensor:
         """The estimate at each lag, shape `(L,)`, float64; arguments as in `contributions`."""
-        return self.contributions(x_0, x_k).value
+        return self.contributions(x_0, x_k, weights=weights).value
 
-    def contributions(self, x_0: Tensor, x_k: Tensor, groups: int = 1) -> CorrelationSamples:
+    def contributions(
+        self, x_0: Tensor, x_k: Tensor, groups: int = 1, weights: Tensor | None = None
+    ) -> CorrelationSamples:
         """The estimate at each lag with the contribution of each replica.
 
         Args:
@@ -179,6 +182,7 @@ class Correlation:
             x_k: the frames of the same replicas at L later times, shape `(L, R, *event)`.
             groups: replicas `r`, `r + R/groups`, ... are not independent of each other and are
                 averaged; 2 for `x_0 = torch.cat([x, x])` with noise `torch.cat([z, -z])`.
+            weights: importance weight of each replica, `(R,)`; equal ones by default.
 
         Returns:
             `value (L,)` and `influence (R / groups, L)`, both differentiable in `x_0` and `x_k`.
@@ -197,26 +201,40 @@ class Correlation:
         a_0 = _evaluate("a", self.a, x_0)[:, None]
         b_0 = _evaluate("b", self.b, x_0)[:, None]
         b_k = _evaluate("b", self.b, x_k.flatten(0, 1)).view(n_lags, n_replicas).T
-        value, influence = self._linearize(a_0, b_0, b_k)
+        value, influence = self._linearize(a_0, b_0, b_k, _as_weights(weights, n_replicas))
         return CorrelationSamples(value, influence.unflatten(0, (groups, -1)).mean(0))
 
-    def uncorrelated(self, frames: Tensor) -> Tensor:
-        """The value between independent frames, to which it decays, (); frames `(R, *event)`."""
+    def uncorrelated(self, frames: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The value between independent frames, to which it decays, ().
+
+        Args:
+            frames: `(R, *event)`.
+            weights: of the frames, `(R,)`; equal ones by default.
+        """
         a, b = _evaluate("a", self.a, frames), _evaluate("b", self.b, frames)
         if _NORMALIZATIONS[self.normalization].centred:
             return torch.zeros_like(a[0])
+        w = _as_weights(weights, len(frames))
+        a, b, ab = (x if w is None else w[:, 0] * x for x in (a, b, a * b))
         product = a.mean() * b.mean()
-        return product / (a * b).mean() if self.normalization == "c0" else product
+        return product / ab.mean() if self.normalization == "c0" else product
 
-    def _linearize(self, a_0: Tensor, b_0: Tensor, b_k: Tensor) -> tuple[Tensor, Tensor]:
-        """Value `(L,)` and influence `(R, L)` from a_0, b_0 `(R, 1)` and b_k `(R, L)`."""
+    def _linearize(
+        self, a_0: Tensor, b_0: Tensor, b_k: Tensor, w: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Value `(L,)` and influence `(R, L)` from a_0, b_0, w `(R, 1)` and b_k `(R, L)`."""
+
+        def mean(x: Tensor) -> Tensor:
+            return x.mean(0) if w is None else (w * x).mean(0)
+
         f = _NORMALIZATIONS[self.normalization]
         if f.centred:  # no cancellation in E[a b] - E[a] E[b] when the means are large
-            a_0, b_k = a_0 - a_0.mean(0), b_k - b_k.mean(0)
+            a_0, b_k = a_0 - mean(a_0), b_k - mean(b_k)
         ab_0 = a_0 * b_0
         powers = (a_0, b_k, a_0**2, b_k**2, a_0 * b_k, ab_0)
-        moments = _Moments(*(power.mean(0) for power in powers))
-        return f.value(moments), f.influence(moments, a_0, b_k, ab_0)
+        moments = _Moments(*map(mean, powers))
+        influence = f.influence(moments, a_0, b_k, ab_0)
+        return f.value(moments), influence if w is None else w * influence
 
     def from_trajectories(
         self,
@@ -323,6 +341,16 @@ def _evaluate(argument: str, function: Observable, frames: Tensor) -> Tensor:
             f"shape ({n},), got ({_csv(value.shape)})"
         )
     return value.to(torch.float64)
+
+
+def _as_weights(weights: Tensor | None, n: int) -> Tensor | None:
+    """Weights (n, 1) of mean one, float64."""
+    if weights is None:
+        return None
+    if weights.shape != (n,):
+        raise ValueError(f"weights must have shape ({n},), got ({_csv(weights.shape)})")
+    w = weights.double()[:, None]
+    return w / w.mean()
 
 
 def _as_lags(lags: Sequence[int] | np.ndarray | Tensor) -> Tensor:

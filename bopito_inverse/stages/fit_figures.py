@@ -51,7 +51,15 @@ def draw_fit(
     observables = inputs.read_observables(config)
     lags, step = np.unique(measured.lags), inputs.uncorrected_step(config, model)
     prediction = Prediction(
-        model, step, observables, lags, frames, config.seed, N_REPLICAS, config.device
+        model,
+        step,
+        observables,
+        lags,
+        frames,
+        config.seed,
+        N_REPLICAS,
+        config.device,
+        config.fit.uniform_share,
     )
     with torch.no_grad():
         alone = prediction(float(model.lag_max)).cpu().numpy()

@@ -27,8 +27,9 @@ HERE = Path(__file__).resolve().parent
 WORK = Path("results/ala2")
 SEED = 0
 LAGS = np.array([500, 1000, 1500, 2000, 3000])
-N_BLOCKS = 50  # of trajectories, as many of either side in each
 DISTANCE = "distance(ACE1-O, NME3-H)"
+REFERENCE = {"phi": "phi", "psi": "psi", "distance": DISTANCE}
+N_REFERENCE, BATCH = 200, 10  # trajectories of 5 ns, half of them from the right side of phi
 
 LAG_MAX = 50
 LAMBDA_HAT = 0.9995
@@ -104,27 +105,33 @@ def biased(molecule: bi.systems.Molecule) -> None:
 
 
 def reference(molecule: bi.systems.Molecule) -> None:
-    """Unbiased MD, of which two angles and a distance are kept, in half precision.
+    """Unbiased MD in batches, of which two angles and a distance are kept, in half precision.
 
     Half of the trajectories start on the right side of phi, where few would ever go. Weights give
-    each side its share of the equilibrium.
+    each side its share of the equilibrium. Batches that the file holds are not simulated again.
     """
-    made = from_both_sides(molecule, 100, 5001, "reference", SEED + 5)
-    made = made.take(torch.arange(len(made)).view(2, -1).T.flatten())  # right and left in turn
-    right = on_the_right(molecule, torch.stack([trajectory[0] for trajectory in made]))
+    path, kept = HERE / "reference.npz", {name: [] for name in REFERENCE}
+    if path.exists():
+        before = read_npz(path, tuple(REFERENCE))
+        kept = {name: [before[name]] for name in REFERENCE}
+    done = sum(len(values) for values in kept["phi"])
+    right = torch.arange(N_REFERENCE) % 2 == 0
     share = right_share(molecule)
-    weights = torch.where(right, share / right.sum(), (1 - share) / (~right).sum())
-    kept = {}
-    for name in ("phi", "psi", DISTANCE):
-        value = bi.observables.feature(name, molecule.topology)(made.frames)
-        half = value.numpy().astype(np.float16)
-        kept[name.split("(")[0]] = half.reshape(len(made), -1)
-    write_npz(
-        HERE / "reference.npz",
-        **kept,
-        weights=weights.numpy(),
-        frame_time=np.float64(molecule.frame_time),
-    )
+    for batch in range(done // BATCH, N_REFERENCE // BATCH):
+        print(f"batch {batch + 1} of {N_REFERENCE // BATCH}")
+        folder, seed = f"reference/{batch:02d}", SEED + 100 + 2 * batch
+        made = from_both_sides(molecule, BATCH // 2, 5001, folder, seed)
+        made = made.take(torch.arange(BATCH).view(2, -1).T.flatten())  # right and left in turn
+        for name, values in kept.items():
+            feature = bi.observables.feature(REFERENCE[name], molecule.topology)
+            values.append(feature(made.frames).view(BATCH, -1).numpy().astype(np.float16))
+        done += BATCH
+        write_npz(
+            path,
+            **{name: np.concatenate(values) for name, values in kept.items()},
+            weights=torch.where(right, share, 1 - share)[:done].numpy() * 2 / done,
+            frame_time=np.float64(molecule.frame_time),
+        )
 
 
 def experiment(molecule: bi.systems.Molecule) -> None:
@@ -157,10 +164,10 @@ def measured(series: list[torch.Tensor], weights: torch.Tensor) -> tuple[np.ndar
         return torch.cat([value for value, _ in found]).numpy()
 
     rows = torch.arange(len(weights))
-    blocks = rows.tensor_split(N_BLOCKS)
+    blocks = rows.split(2)  # one trajectory from either side
     without = np.stack([values(rows[~torch.isin(rows, block)]) for block in blocks])
     off = without - without.mean(0)
-    return values(rows), off.T @ off * (N_BLOCKS - 1) / N_BLOCKS
+    return values(rows), off.T @ off * (len(blocks) - 1) / len(blocks)
 
 
 def from_both_sides(

@@ -9,6 +9,7 @@ from bopito_inverse.sampling import DPMSolver, Interpolate, Propagate, Rollout
 SYSTEM = bi.systems.OrnsteinUhlenbeck()
 EXACT = bi.systems.TransferOperator(SYSTEM, grid_size=150)
 LAG_MAX, LAMBDA_HAT = 15, SYSTEM.decay
+RARE = bi.systems.TransferOperator(bi.systems.DoubleWell(a=4.0, b=2.5), grid_size=200)
 
 
 def model() -> bi.Interpolator:
@@ -138,3 +139,43 @@ def test_prediction_on_cuda() -> None:
     cpu, cuda = prediction(n_replicas=4096).at(n), prediction(n_replicas=4096, device="cuda").at(n)
     error = (cpu.influence.square().mean(0) / len(cpu.influence)).sqrt()
     assert ((cpu.value - cuda.value).abs() < 5 * 2**0.5 * error).all()
+
+
+def rare_state(share: float, seed: int, n_replicas: int = 512) -> bi.inference.Prediction:
+    """The right well holds 1 % of mu and half of the frames, which are weighted."""
+    frames = bi.datasets.Frames(RARE.grid[:, None], RARE.stationary)
+    s_eq = RARE.equilibrium_score()
+    model = bi.Interpolator(
+        bi.models.BoPITOScore(s_eq, RARE.dynamic_score(s_eq, 0.98), 0.98, LAG_MAX)
+    )
+    step = Rollout([Propagate(LAG_MAX)], LAG_MAX, DPMSolver(12))
+    obs = bi.observables.Correlation(lambda x: x, normalization="variance")
+    lags = [LAG_MAX, 2 * LAG_MAX]
+    return bi.inference.Prediction(
+        model, step, obs, lags, frames, seed, n_replicas, "cpu", uniform_share=share
+    )
+
+
+def test_rare_states_and_their_errors() -> None:
+    """Importance weights: unbiased, with honest errors."""
+    z = []
+    for seed in range(20):
+        made = rare_state(0.5, seed).at(torch.tensor([float(LAG_MAX)]))
+        error = (made.influence[:, 0].square().mean(0) / len(made.influence)).sqrt()
+        truth = RARE.correlation(lambda x: x, None, [LAG_MAX, 2 * LAG_MAX], "variance")
+        z.append((made.value[0, :2].numpy() - truth) / error[:2].numpy())
+    assert abs(np.mean(z)) < 4 / np.sqrt(20)
+    assert 0.6 < np.std(z) < 1.5
+
+
+def test_starts_in_a_rare_state_save_replicas() -> None:
+    error = {}
+    for share in (0.0, 0.5):
+        influence = rare_state(share, 0, 4096).at(torch.tensor([float(LAG_MAX)])).influence
+        error[share] = influence[:, 0, :2].square().mean(0).sqrt()
+    assert (error[0.5] < 0.5 * error[0.0]).all()  # a quarter of the replicas for the same error
+
+
+def test_a_share_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"uniform_share must lie in \[0, 1\), got 1"):
+        rare_state(1.0, 0)

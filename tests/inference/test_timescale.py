@@ -60,3 +60,16 @@ def test_a_constant_is_refused() -> None:
 def test_timescale_limits() -> None:
     eigenvalue = torch.tensor([-0.1, 0.0, np.exp(-0.5), 1.0], dtype=torch.float64)
     assert timescale(eigenvalue, 100).tolist() == [0.0, 0.0, pytest.approx(200.0), float("inf")]
+
+
+def test_weights_are_those_of_a_repeated_replica() -> None:
+    """Each replica twice, once with all the weight: as if it were there once."""
+    series = ar1(0.6, 5, 400, seed=3)
+    other = ar1(0.9, 5, 400, seed=4).sort(dim=2).values[:, :, series[0, 0].argsort().argsort()]
+    both = torch.cat([series, other], dim=2)
+    weights = torch.tensor([2.0, 0.0]).repeat_interleave(400)
+    value, influence = second_eigenvalue(both, weights=weights)
+    alone, _ = second_eigenvalue(series)
+    assert float(value) == pytest.approx(float(alone), abs=0.01)  # other knots
+    assert float(second_eigenvalue(both)[0]) > float(alone) + 0.05
+    assert (influence[400:] - influence[400]).abs().max() < 1e-9  # they add nothing

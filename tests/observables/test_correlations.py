@@ -90,6 +90,22 @@ def _unit(covariance: Tensor) -> Tensor:
     return covariance / torch.outer(scale, scale)
 
 
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_a_weight_of_two_is_a_replica_that_is_there_twice(normalization: str):
+    x_0, x_k = replicas(50, torch.Generator().manual_seed(5))
+    correlation = Correlation(position, square, normalization)
+    twice = torch.arange(50).repeat_interleave(torch.tensor([2, 1]).repeat(25))
+    repeated = correlation.contributions(x_0[twice], x_k[:, twice])
+    weights = torch.tensor([2.0, 1.0]).repeat(25)
+    weighted = correlation.contributions(x_0, x_k, weights=7 * weights)
+    torch.testing.assert_close(weighted.value, repeated.value)
+    first = torch.searchsorted(twice, torch.arange(50))
+    expected = repeated.influence[first] * (weights / 1.5)[:, None]
+    torch.testing.assert_close(weighted.influence, expected)
+    limit = correlation.uncorrelated(x_0, weights)
+    torch.testing.assert_close(limit, correlation.uncorrelated(x_0[twice]))
+
+
 def test_ignoring_antithetic_pairs_misjudges_the_error():
     x_0, x_k = replicas(2000, torch.Generator().manual_seed(3), antithetic=True)
     correlation = Correlation(position, normalization="raw")
@@ -216,6 +232,8 @@ def test_wrong_arguments_are_refused():
         Correlation(position, 3)
     with pytest.raises(ValueError, match="groups must divide the 5 replicas, got 2"):
         Correlation(position).contributions(torch.zeros(5, 1), torch.zeros(1, 5, 1), groups=2)
+    with pytest.raises(ValueError, match=r"weights must have shape \(5,\), got \(4\)"):
+        Correlation(position)(torch.zeros(5, 1), torch.zeros(1, 5, 1), torch.ones(4))
     one = Correlation(position).contributions(torch.zeros(2, 1), torch.zeros(1, 2, 1), groups=2)
     with pytest.raises(ValueError, match="at least 2 independent replicas, got 1"):
         _ = one.covariance
