@@ -445,8 +445,14 @@ def test_weights_of_a_reference_count_in_all_that_is_compared(tmp_path: Path) ->
     obs_connected = Correlation(lambda angles: angles[:, 0], normalization="connected")
     assert made.correlation(obs, np.array([2]))[0] == pytest.approx(1.0)
     assert made.correlation(obs_connected, np.array([2]))[0] == pytest.approx(4 * 0.1 * 0.9)
+    every = np.broadcast_to(weights[:, None], phi.shape) * np.linspace(0.5, 1.5, 12)
+    np.savez(tmp_path / "md.npz", phi=phi, psi=0 * phi, frame_time=1.0, weights=every)
+    made = Dihedrals.read(tmp_path / "md.npz", ("phi", "psi"))
+    for part in (made, made.later(), made.blocks(80), *made.halves()):
+        assert part.shares("phi", np.array([0.0, 3.0]))[0] == pytest.approx(0.1)
+        assert part.share(2, "phi").tolist() == pytest.approx([0.9, 0.1])
     np.savez(tmp_path / "md.npz", phi=phi, psi=phi, frame_time=1.0, weights=weights[1:])
-    with pytest.raises(ValueError, match="weights must be positive, one for each of 40"):
+    with pytest.raises(ValueError, match="weights must be zero or more, one for each of 40"):
         Dihedrals.read(tmp_path / "md.npz", ("phi", "psi"))
 
 

@@ -20,7 +20,7 @@ carry weights `w_r` of mean one, `E` and `Var` are weighted and `phi_r` is multi
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -241,7 +241,7 @@ class Correlation:
         trajectories: Iterable[Tensor | np.ndarray],
         lags: Sequence[int] | np.ndarray | Tensor,
         n_blocks: int = 50,
-        weights: Sequence[float] | np.ndarray | Tensor | None = None,
+        weights: Sequence[Any] | np.ndarray | Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Time-averaged estimate: E runs over every pair of frames of every trajectory.
 
@@ -250,9 +250,11 @@ class Correlation:
             lags: whole numbers of frames, zero allowed, shape `(L,)`.
             n_blocks: trajectories, in the order given, are joined into at most this many blocks
                 for the jackknife. Trajectories that depend on each other should be neighbours.
-            weights: of the pairs of each trajectory, `(n_trajectories,)`, where starts were not
-                drawn from equilibrium but weigh like that. Blocks should then be alike: let
-                trajectories of large and of small weights take turns.
+            weights: by which frames average to equilibrium, where starts were not drawn from it:
+                a number for each trajectory, or `(n_frames,)` for each. A pair weighs as its first
+                frame does, so that the frames of each time must average to equilibrium, not only
+                all of them. Blocks should be alike: let trajectories of large and of small weights
+                take turns.
 
         Returns:
             `(value, standard_error)`, each `(L,)`, float64. The standard error is that of a
@@ -266,22 +268,19 @@ class Correlation:
         sums, shift = [], None
         for index, trajectory in enumerate(trajectories):
             a, b = self._series(f"trajectory {index}", torch.as_tensor(trajectory))
+            w = _frame_weights(weights, index, a)
             if shift is None and _NORMALIZATIONS[self.normalization].centred:
                 shift = (a.mean(), b.mean())
             if shift is not None:
                 a, b = a - shift[0], b - shift[1]
-            sums.append(_pair_sums(a, b, k.to(a.device)))
+            sums.append(_pair_sums(a, b, w, k.to(a.device)))
         if not sums:
             raise ValueError("trajectories must hold at least one trajectory, got none")
+        if weights is not None and len(weights) != len(sums):
+            raise ValueError(
+                f"weights must be one for each of {len(sums)} trajectories, got {len(weights)}"
+            )
         per_trajectory = torch.stack(sums)
-        if weights is not None:
-            w = torch.as_tensor(weights).to(per_trajectory)
-            if w.shape != (len(sums),) or not (w > 0).all():
-                raise ValueError(
-                    f"weights must be positive, one for each of {len(sums)} trajectories, got "
-                    f"{weights!r}"
-                )
-            per_trajectory = per_trajectory * (w / w.mean())[:, None, None]
         _check_reached(k, per_trajectory)
         blocks = per_trajectory.tensor_split(min(as_count("n_blocks", n_blocks), len(sums)))
         return self._jackknife(torch.stack([block.sum(0) for block in blocks]))
@@ -309,22 +308,22 @@ class Correlation:
         return value, torch.where(n > 1, error, torch.inf)
 
     def _from_sums(self, sums: Tensor) -> Tensor:
-        """f from (number of pairs, sums of m), shape `(..., 7, L)`."""
+        """f from (weight of all pairs, sums of m), shape `(..., 7, L)`."""
         count, *totals = sums.unbind(-2)
         return _NORMALIZATIONS[self.normalization].value(_Moments(*(t / count for t in totals)))
 
 
-def _pair_sums(a: Tensor, b: Tensor, lags: Tensor) -> Tensor:
-    """Number of pairs (t, t + lag) of one trajectory and the sums of m over them, `(7, L)`."""
+def _pair_sums(a: Tensor, b: Tensor, w: Tensor, lags: Tensor) -> Tensor:
+    """Weight of all pairs (t, t + lag) of one trajectory and the sums of m over them, `(7, L)`."""
     n = len(a)
     inside = lags < n
     k = lags.clamp(max=n - 1)
     size = n + int(k.max())  # padding that keeps the circular correlation from wrapping
-    ab = torch.fft.irfft(torch.fft.rfft(a, size).conj() * torch.fft.rfft(b, size), size)[k]
-    heads = torch.stack([a, a**2, a * b]).cumsum(1)[:, n - 1 - k]
-    tails = torch.stack([b, b**2]).flip(1).cumsum(1)[:, n - 1 - k]
-    sums = torch.stack([(n - k).to(a.dtype), heads[0], tails[0], heads[1], tails[1], ab, heads[2]])
-    return torch.where(inside, sums, 0.0)
+    first = torch.fft.rfft(torch.stack([w, w, w * a]), size).conj()
+    later = torch.fft.rfft(torch.stack([b, b**2, b]), size)
+    b_k, bb_k, ab_k = torch.fft.irfft(first * later, size)[:, k]
+    total, a_0, aa, ab_0 = (w * torch.stack([w / w, a, a**2, a * b])).cumsum(1)[:, n - 1 - k]
+    return torch.where(inside, torch.stack([total, a_0, b_k, aa, bb_k, ab_k, ab_0]), 0.0)
 
 
 def _evaluate(argument: str, function: Observable, frames: Tensor) -> Tensor:
@@ -351,6 +350,21 @@ def _as_weights(weights: Tensor | None, n: int) -> Tensor | None:
         raise ValueError(f"weights must have shape ({n},), got ({_csv(weights.shape)})")
     w = weights.double()[:, None]
     return w / w.mean()
+
+
+def _frame_weights(weights: Any, index: int, a: Tensor) -> Tensor:
+    """Weights of the frames of one trajectory, shape and kind of `a`."""
+    if weights is None:
+        return torch.ones_like(a)
+    if index >= len(weights):
+        raise ValueError(f"weights must be as many as trajectories, got {len(weights)}")
+    w = torch.as_tensor(weights[index]).to(a)
+    if w.shape not in ((), a.shape) or not (w >= 0).all():
+        raise ValueError(
+            f"weights[{index}] must be zero or more, one number or one for each of {len(a)} "
+            f"frames, got {weights[index]!r}"
+        )
+    return w.expand(a.shape)
 
 
 def _as_lags(lags: Sequence[int] | np.ndarray | Tensor) -> Tensor:

@@ -44,14 +44,14 @@ class Dihedrals:
         names: of the dihedrals.
         trajectories: angles in rad, from -pi to pi, each (n_frames, n_dihedrals).
         frame_time: ps.
-        weights: of the frames of each trajectory, (n_trajectories,), by which they average to the
+        weights: of the frames of each trajectory, each (n_frames,), by which they average to the
             equilibrium; None for equal ones.
     """
 
     names: tuple[str, ...]
     trajectories: list[Tensor]
     frame_time: float
-    weights: Tensor | None = None
+    weights: list[Tensor] | None = None
 
     @classmethod
     def of(cls, trajectories: Trajectories, topology: "mdtraj.Topology") -> "Dihedrals":
@@ -65,7 +65,7 @@ class Dihedrals:
     def read(cls, path: Path, names: Sequence[str]) -> "Dihedrals":
         """From an `.npz` with an array (n_trajectories, n_frames) for each, and `frame_time`.
 
-        It may hold `weights` (n_trajectories,).
+        It may hold `weights`, of trajectories (n_trajectories,) or of all frames, as the angles.
 
         Raises:
             ValueError: an array is missing, of another shape, or holds no angles in rad.
@@ -83,19 +83,22 @@ class Dihedrals:
                 raise ValueError(f"{path}: {name} must hold angles in rad, from -pi to pi")
         stacked = np.stack([arrays[name] for name in names], axis=-1).astype(np.float32)
         frame_time = as_positive(f"{path}: frame_time", float(arrays["frame_time"]))
-        weights = torch.from_numpy(arrays["weights"]).double() if "weights" in arrays else None
-        if weights is not None and (weights.shape != shape[:1] or not (weights > 0).all()):
-            raise ValueError(
-                f"{path}: weights must be positive, one for each of {shape[0]} trajectories"
-            )
+        weights = None
+        if "weights" in arrays:
+            w = arrays["weights"]
+            if w.shape not in (shape, shape[:1]) or not (w >= 0).all() or not w.any():
+                raise ValueError(
+                    f"{path}: weights must be zero or more, one for each of {shape[0]} "
+                    f"trajectories or for each frame, {shape}, got shape {w.shape}"
+                )
+            w = w if w.ndim == 2 else w[:, None]
+            weights = list(torch.from_numpy(np.broadcast_to(w, shape).astype(float)))
         return cls(tuple(names), list(torch.from_numpy(stacked)), frame_time, weights)
 
     @property
     def frame_weights(self) -> Tensor | None:
         """Weight of each frame, (n,), or None for equal ones."""
-        if self.weights is None:
-            return None
-        return self.weights.repeat_interleave(torch.tensor([len(x) for x in self.trajectories]))
+        return None if self.weights is None else torch.cat(self.weights)
 
     def share(self, bins: int, *names: str) -> np.ndarray:
         """Share of the frames in each of `bins` bins for each of these angles, sum 1."""
@@ -108,7 +111,7 @@ class Dihedrals:
 
     def later(self) -> "Dihedrals":
         """Without the first frame of each trajectory."""
-        return replace(self, trajectories=[x[1:] for x in self.trajectories])
+        return self._map(lambda x: [x[1:]])
 
     def first(self, n: int) -> "Dihedrals":
         """The first trajectories, at most n."""
@@ -127,11 +130,16 @@ class Dihedrals:
     def blocks(self, n_blocks: int = N_BLOCKS, shortest: int = 1) -> "Dihedrals":
         """The same frames in `n_blocks` trajectories or more, none cut below `shortest` frames."""
         n = math.ceil(n_blocks / len(self.trajectories))
-        parts = [x.tensor_split(max(1, min(n, len(x) // shortest))) for x in self.trajectories]
+        return self._map(lambda x: x.tensor_split(max(1, min(n, len(x) // shortest))))
+
+    def _map(self, cut: Callable[[Tensor], Sequence[Tensor]]) -> "Dihedrals":
+        """Each trajectory cut into parts, with its weights."""
         weights = self.weights
         if weights is not None:
-            weights = weights.repeat_interleave(torch.tensor([len(own) for own in parts]))
-        return replace(self, trajectories=[x for own in parts for x in own], weights=weights)
+            weights = [part for w in weights for part in cut(w)]
+        return replace(
+            self, trajectories=[part for x in self.trajectories for part in cut(x)], weights=weights
+        )
 
     def shares(self, name: str, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shares of the frames in the bins of one dihedral, and standard errors, each (n_bins,).
@@ -140,10 +148,11 @@ class Dihedrals:
         """
         column = self.names.index(name)
         whole = self.blocks()
-        w = np.ones(len(whole.trajectories)) if whole.weights is None else whole.weights.numpy()
         blocks = [block[:, column].numpy() for block in whole.trajectories]
-        hits = np.array([np.histogram(block, edges)[0] for block in blocks]) * w[:, None]
-        sizes = np.array([len(block) for block in blocks]) * w
+        w = [np.ones(len(x)) for x in blocks] if whole.weights is None else whole.weights
+        both = [(x, np.asarray(own)) for x, own in zip(blocks, w, strict=True)]
+        hits = np.array([np.histogram(x, edges, weights=own)[0] for x, own in both])
+        sizes = np.array([own.sum() for _, own in both])
         share, b = hits.sum(0) / sizes.sum(), len(blocks)
         if b == 1:
             return share, np.full(len(share), math.inf)

@@ -26,10 +26,10 @@ from bopito_inverse.models.train import NetworkConfig, TrainingConfig
 HERE = Path(__file__).resolve().parent
 WORK = Path("results/ala2")
 SEED = 0
-LAGS = np.array([500, 1000, 1500, 2000, 3000])
+LAGS = np.array([1000, 2000, 3000])
 DISTANCE = "distance(ACE1-O, NME3-H)"
 REFERENCE = {"phi": "phi", "psi": "psi", "distance": DISTANCE}
-N_REFERENCE, BATCH = 200, 10  # trajectories of 5 ns, half of them from the right side of phi
+N_REFERENCE, BATCH, BATCH_RIGHT = 200, 10, 8  # trajectories of 5 ns, those from the right side
 
 LAG_MAX = 50
 LAMBDA_HAT = 0.9995
@@ -97,7 +97,7 @@ def umbrella(molecule: bi.systems.Molecule) -> None:
 
 def biased(molecule: bi.systems.Molecule) -> None:
     """Short trajectories from equilibrium of either side of phi; those that cross are left out."""
-    made = from_both_sides(molecule, 150, 201, "biased", SEED + 3)
+    made = from_both_sides(molecule, 150, 150, 201, "biased", SEED + 3)
     sides = [on_the_right(molecule, trajectory) for trajectory in made]
     stays = torch.tensor([bool((side == side[0]).all()) for side in sides])
     print(f"{int(stays.sum())} of {len(made)} trajectories stay on their side of phi")
@@ -107,41 +107,42 @@ def biased(molecule: bi.systems.Molecule) -> None:
 def reference(molecule: bi.systems.Molecule) -> None:
     """Unbiased MD in batches, of which two angles and a distance are kept, in half precision.
 
-    Half of the trajectories start on the right side of phi, where few would ever go. Weights give
-    each side its share of the equilibrium. Batches that the file holds are not simulated again.
+    Most trajectories start on the right side of phi, where few would ever go. At each time, frames
+    are weighted so that each side has its share of the equilibrium; a time counts as it has frames
+    on the right. Batches that the file holds are not simulated again.
     """
     path, kept = HERE / "reference.npz", {name: [] for name in REFERENCE}
     if path.exists():
         before = read_npz(path, tuple(REFERENCE))
         kept = {name: [before[name]] for name in REFERENCE}
-    done = sum(len(values) for values in kept["phi"])
-    right = torch.arange(N_REFERENCE) % 2 == 0
-    share = right_share(molecule)
-    for batch in range(done // BATCH, N_REFERENCE // BATCH):
-        print(f"batch {batch + 1} of {N_REFERENCE // BATCH}")
-        folder, seed = f"reference/{batch:02d}", SEED + 100 + 2 * batch
-        made = from_both_sides(molecule, BATCH // 2, 5001, folder, seed)
-        made = made.take(torch.arange(BATCH).view(2, -1).T.flatten())  # right and left in turn
+    done, share = sum(map(len, kept["phi"])) // BATCH, right_share(molecule)
+    for batch in range(done, N_REFERENCE // BATCH):
+        print(f"batch {batch + 1} of {N_REFERENCE // BATCH}", flush=True)
+        n, seed = (BATCH_RIGHT, BATCH - BATCH_RIGHT), SEED + 100 + 2 * batch
+        made = from_both_sides(molecule, *n, 5001, f"reference/{batch:02d}", seed)
         for name, values in kept.items():
             feature = bi.observables.feature(REFERENCE[name], molecule.topology)
             values.append(feature(made.frames).view(BATCH, -1).numpy().astype(np.float16))
-        done += BATCH
-        write_npz(
-            path,
-            **{name: np.concatenate(values) for name, values in kept.items()},
-            weights=torch.where(right, share, 1 - share)[:done].numpy() * 2 / done,
-            frame_time=np.float64(molecule.frame_time),
-        )
+        series = {name: np.concatenate(values) for name, values in kept.items()}
+        weights = at_each_time(torch.from_numpy(series["phi"]), share).float().numpy()
+        frame_time = np.float64(molecule.frame_time)
+        write_npz(path, **series, weights=weights, frame_time=frame_time)
+
+
+def at_each_time(phi: torch.Tensor, share: float) -> torch.Tensor:
+    """Weights of frames with angles phi (n, n_frames), with which the right side has its share."""
+    right = is_right(phi)
+    return torch.where(right, share, (1 - share) * right.sum(0) / (~right).sum(0))
 
 
 def experiment(molecule: bi.systems.Molecule) -> None:
-    """Correlation functions of the reference, with the covariance of a jackknife over blocks."""
-    arrays = read_npz(HERE / "reference.npz", ("phi", "distance", "weights"))
+    """Correlation functions of the reference, with the covariance of a jackknife."""
+    arrays = read_npz(HERE / "reference.npz", ("phi", "distance"))
     phi, distance = (torch.from_numpy(arrays[name]).float() for name in ("phi", "distance"))
     series = {"sin(phi)": phi.sin(), "cos(phi)": phi.cos(), DISTANCE: distance}
-    weights = torch.from_numpy(arrays["weights"])
     for file, names in (("experiment", ("sin(phi)", "cos(phi)")), ("held_out", (DISTANCE,))):
-        values, covariance = measured([series[name] for name in names], weights)
+        own = [series[name] for name in names]
+        values, covariance = measured(own, phi, right_share(molecule))
         table = bi.observables.Experiment(
             np.tile(LAGS, len(names)),
             values,
@@ -153,35 +154,42 @@ def experiment(molecule: bi.systems.Molecule) -> None:
         print(table)
 
 
-def measured(series: list[torch.Tensor], weights: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Autocorrelations of numbers along trajectories, each (n, n_frames), one after the other."""
+def measured(
+    series: list[torch.Tensor], phi: torch.Tensor, share: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Autocorrelations of numbers along trajectories, each (n, n_frames), one after the other.
+
+    The covariance is that of a jackknife over trajectories, those of either side by themselves.
+    """
     obs = bi.observables.Correlation(lambda x: x[:, 0], normalization="variance")
 
     def values(rows: torch.Tensor) -> np.ndarray:
-        found = [
-            obs.from_trajectories(x[rows, :, None], LAGS, weights=weights[rows]) for x in series
-        ]
+        weights = at_each_time(phi[rows], share)
+        found = [obs.from_trajectories(x[rows, :, None], LAGS, weights=weights) for x in series]
         return torch.cat([value for value, _ in found]).numpy()
 
-    rows = torch.arange(len(weights))
-    blocks = rows.split(2)  # one trajectory from either side
-    without = np.stack([values(rows[~torch.isin(rows, block)]) for block in blocks])
-    off = without - without.mean(0)
-    return values(rows), off.T @ off * (len(blocks) - 1) / len(blocks)
+    rows = torch.arange(len(phi))
+    begins_right = is_right(phi[:, 0])
+    covariance = np.zeros((len(series) * len(LAGS),) * 2)
+    for side in (rows[begins_right], rows[~begins_right]):
+        without = np.stack([values(rows[rows != i]) for i in side])
+        off = without - without.mean(0)
+        covariance += off.T @ off * (len(side) - 1) / len(side)
+    return values(rows), covariance
 
 
 def from_both_sides(
-    molecule: bi.systems.Molecule, n_each: int, n_frames: int, name: str, seed: int
+    molecule: bi.systems.Molecule, n_right: int, n_left: int, n_frames: int, name: str, seed: int
 ) -> bi.datasets.Trajectories:
     """MD from the umbrella equilibrium within each side of phi, first all of the right side."""
     windows = umbrella_frames()
     generator = torch.Generator().manual_seed(seed)
     right = on_the_right(molecule, windows.x)
     sides = [windows.take(side.nonzero()[:, 0]) for side in (right, ~right)]
-    starts = torch.cat([side.sample(n_each, generator) for side in sides])
+    starts = [side.sample(n, generator) for side, n in zip(sides, (n_right, n_left), strict=True)]
     return bi.simulate.molecular_dynamics(
         molecule,
-        starts,
+        torch.cat(starts),
         n_frames,
         folder=WORK / name,
         seed=seed + 1,
@@ -231,11 +239,9 @@ def equilibrium(molecule: bi.systems.Molecule) -> bi.datasets.Frames:
     share of their side, which the umbrella windows know. The two sets are weighted by their Kish
     effective sample sizes.
     """
-    windows, share = umbrella_frames(), right_share(molecule)
+    windows = umbrella_frames()
     x = bi.datasets.Trajectories.read(HERE / "biased.npz").frames
-    right = on_the_right(molecule, x)
-    weights = torch.where(right, share / right.sum(), (1 - share) / (~right).sum())
-    paths = bi.datasets.Frames(x, weights)
+    paths = bi.datasets.Frames(x, by_side(molecule, on_the_right(molecule, x)))
     parts = [part.ess * part.weights for part in (windows, paths)]
     return bi.datasets.Frames(torch.cat([windows.x, paths.x]), torch.cat(parts))
 
@@ -252,9 +258,19 @@ def right_share(molecule: bi.systems.Molecule) -> float:
     return float(windows.weights[on_the_right(molecule, windows.x)].sum())
 
 
+def by_side(molecule: bi.systems.Molecule, right: torch.Tensor) -> torch.Tensor:
+    """Weights of frames that are in equilibrium within their side, so that each has its share."""
+    share = right_share(molecule)
+    return torch.where(right, share / right.sum(), (1 - share) / (~right).sum())
+
+
 def on_the_right(molecule: bi.systems.Molecule, x: torch.Tensor) -> torch.Tensor:
-    """Whether phi is between 0 and 126 degrees, (n,)."""
-    phi = bi.observables.feature("phi", molecule.topology)(x)
+    """Whether frames are on the right side of phi, (n,)."""
+    return is_right(bi.observables.feature("phi", molecule.topology)(x))
+
+
+def is_right(phi: torch.Tensor) -> torch.Tensor:
+    """Whether phi (rad) is between 0 and 126 degrees."""
     return (phi > 0) & (phi < 2.2)
 
 

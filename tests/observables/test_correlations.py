@@ -354,5 +354,13 @@ def test_weights_make_biased_starts_an_equilibrium() -> None:
     assert ((value - truth).abs() < 4 * error).all()
     equal, _ = correlation.from_trajectories(trajectories, lags)
     assert ((equal - truth).abs() > 4 * error).all()
-    with pytest.raises(ValueError, match="weights must be positive, one for each of 1600"):
-        correlation.from_trajectories(trajectories, lags, weights=weights[:-1])
+    rare = trajectories[..., 0] == 1
+    by_state = torch.where(rare, 0.1, 0.9 * rare.sum(0) / (~rare).sum(0))  # at each time
+    framewise, smaller = correlation.from_trajectories(trajectories, lags, weights=by_state)
+    assert ((framewise - truth).abs() < 4 * smaller + 1e-12).all()
+    assert (smaller[1:] < 0.8 * error[1:]).all()
+    for bad in (weights[:-1], np.append(weights, 1.0)):
+        with pytest.raises(ValueError, match="weights must be "):
+            correlation.from_trajectories(trajectories, lags, weights=bad)
+    with pytest.raises(ValueError, match=r"weights\[0\] must be zero or more, one number or"):
+        correlation.from_trajectories(trajectories, lags, weights=by_state[:, :-1])
