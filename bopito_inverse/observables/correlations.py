@@ -322,7 +322,9 @@ def _pair_sums(a: Tensor, b: Tensor, w: Tensor, lags: Tensor) -> Tensor:
     first = torch.fft.rfft(torch.stack([w, w, w * a]), size).conj()
     later = torch.fft.rfft(torch.stack([b, b**2, b]), size)
     b_k, bb_k, ab_k = torch.fft.irfft(first * later, size)[:, k]
-    total, a_0, aa, ab_0 = (w * torch.stack([w / w, a, a**2, a * b])).cumsum(1)[:, n - 1 - k]
+    total, a_0, aa, ab_0 = (w * torch.stack([torch.ones_like(a), a, a**2, a * b])).cumsum(1)[
+        :, n - 1 - k
+    ]
     return torch.where(inside, torch.stack([total, a_0, b_k, aa, bb_k, ab_k, ab_0]), 0.0)
 
 

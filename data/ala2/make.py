@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 WORK = Path("results/ala2")
 SEED = 0
 LAGS = np.array([1000, 2000, 3000])
-DISTANCE = "distance(ACE1-O, NME3-H)"
+DISTANCE = "distance(ALA2-H, ALA2-HA)"  # as an NOE sees it
 REFERENCE = {"phi": "phi", "psi": "psi", "distance": DISTANCE}
 N_REFERENCE, BATCH, BATCH_RIGHT = 200, 10, 8  # trajectories of 5 ns, those from the right side
 
