@@ -102,3 +102,23 @@ def test_corrected_kinetics() -> None:
     assert said["status"] == "ok"
     assert said["total_variation"] < 0.05
     assert said["held_out_error_corrected"] < 0.05 < 0.5 < said["held_out_error_uncorrected"]
+
+
+def test_a_molecule_of_ones_own() -> None:
+    """Each step of tutorial 5 says what it is worth: weights that are, a model that is not."""
+    said = json.loads(printed(executed("05_your_own_molecule.ipynb"))[-1])
+    assert said["reweighting"] == "ok"
+    assert 0.03 < said["smallest_overlap"] < 0.5
+    assert said["ess"] > 50
+    # a side of psi1 that short trajectories from one structure hardly see
+    assert said["extended"]["short"] < 0.15 < said["extended"]["mbar"] < 0.7
+    assert said["mean_profile_error_kT"] < 0.6
+    low, high = said["weight_hdi_94"]
+    assert 0 < low < high < 1
+    assert said["fit"] == ("mc_limited" if said["monte_carlo_share"] > 0.5 else "ok")
+    energy = said["median_energy"]
+    assert energy["generated"] > energy["equilibrium"] + 300  # as the text says
+    assert energy["mended"] == pytest.approx(energy["equilibrium"], abs=60)
+    assert said["frames_read"] == said["frames_written"] == 8 * 11
+    assert 0 < said["rounding_nm"] < 0.00051
+    assert set(said["checked"]) >= {"system", "experiment", "step", "simulate", "sample"}

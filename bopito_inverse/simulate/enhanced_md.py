@@ -14,6 +14,7 @@ import copy
 import hashlib
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -60,8 +61,8 @@ def umbrella_dihedrals(
 
     Args:
         molecule: what moves.
-        dihedrals: `"phi"`, `"psi"`, a list of these, or indices of four atoms each,
-            `(n_dihedrals, 4)`.
+        dihedrals: `"phi"` or `"psi"` (`"phi2"` for the second of the chain), a list of these, or
+            indices of four atoms each, `(n_dihedrals, 4)`.
         centers: rad, `(n_windows, n_dihedrals)`, or `(n_windows,)` of one dihedral.
         stiffness: kJ/mol/rad^2, one number, or of the shape of the centres. A dihedral with
             stiffness 0 is free, and a window where all are free is plain MD.
@@ -334,17 +335,19 @@ def _dihedral_atoms(molecule: Molecule, dihedrals: str | Sequence[str] | Array) 
 def _named(molecule: Molecule, name: str) -> list[int]:
     import mdtraj
 
-    known = {"phi": mdtraj.compute_phi, "psi": mdtraj.compute_psi}
-    if name not in known:
+    parts = re.fullmatch(r"(phi|psi)(\d*)", name)
+    if parts is None:
         raise ValueError(f"dihedrals must be 'phi', 'psi' or indices of atoms, got {name!r}")
+    kind, number = parts.groups()
+    known = {"phi": mdtraj.compute_phi, "psi": mdtraj.compute_psi}
     structure = mdtraj.Trajectory(molecule.positions.numpy(), molecule.topology)
-    found = known[name](structure)[0].tolist()
-    if len(found) != 1:
+    found = known[kind](structure)[0].tolist()
+    if not (1 <= int(number) <= len(found) if number else len(found) == 1):
         raise ValueError(
             f"dihedrals: {name!r} must be the name of one dihedral of the molecule, it has "
-            f"{len(found)}, at atoms {found}; give the indices of those meant"
+            f"{len(found)}, at atoms {found}; say {kind}1 for the first of them, or give indices"
         )
-    return found[0]
+    return found[int(number or 1) - 1]
 
 
 def _as_windows(

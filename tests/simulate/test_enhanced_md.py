@@ -207,6 +207,16 @@ def test_bad_windows_are_refused(change: dict, message: str) -> None:
         umbrella_dihedrals(rotor(), **(arguments | {"n_frames": 6, "n_walkers": 2} | change))
 
 
-def test_a_name_of_several_dihedrals_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'phi' must be the name of one .* 2, at atoms \[\[4, 6"):
-        umbrella_dihedrals(Molecule(DIALANINE), "phi", [0.0], 3.0, 2, n_walkers=2)
+@pytest.mark.parametrize(("name", "has"), [("phi", 2), ("psi3", 2), ("phi0", 2)])
+def test_a_name_of_no_or_of_several_dihedrals_is_refused(name: str, has: int) -> None:
+    words = rf"{name!r} must be the name of one .* it has {has}, .* say {name[:3]}1 for the first"
+    with pytest.raises(ValueError, match=words):
+        umbrella_dihedrals(Molecule(DIALANINE), name, [0.0], 3.0, 2, n_walkers=2)
+
+
+def test_dihedrals_of_a_chain_have_numbers() -> None:
+    molecule = Molecule(DIALANINE, steps_per_frame=1)
+    made = umbrella_dihedrals(
+        molecule, ["phi1", "psi2"], [[0.0, 0.0]], 0.0, 2, n_walkers=2, burn_in=0
+    )
+    assert made.form["dihedrals"].tolist() == [[4, 6, 8, 10], [16, 18, 20, 26]]
