@@ -54,20 +54,21 @@ def test_reference_has_at_each_time_the_share_of_the_windows() -> None:
 
 @pytest.mark.parametrize("name", ["sin(phi)", "cos(phi)"])
 def test_the_experiment_is_the_correlation_of_the_reference(name: str) -> None:
+    """Up to the noise of the plain estimator, which frames of the left side that cross dominate."""
     measured = bi.observables.Experiment.read(
         DATA / "experiment.csv", DATA / "experiment_covariance.npz"
     ).select(name)
     arrays = read_npz(DATA / "reference.npz", ("phi", "weights"))
     phi = torch.from_numpy(arrays["phi"]).float()
     wave = {"sin(phi)": torch.sin, "cos(phi)": torch.cos}[name]
-    obs = bi.observables.Correlation(lambda x: x, normalization="variance")
-    value, _ = obs.from_trajectories(
+    obs = bi.observables.Correlation(lambda x: x, normalization="static")
+    value, error = obs.from_trajectories(
         list(wave(phi)[..., None]), measured.lags.astype(int), weights=arrays["weights"]
     )
     assert measured.lags.tolist() == [1000, 2000, 3000]
-    assert measured.values == pytest.approx(value.numpy(), abs=1e-4)
+    assert (np.abs(measured.values - value.numpy()) < 3 * error.numpy()).all()
     assert (np.diff(measured.values) < 0).all()
-    assert (measured.sigma < 0.15).all()
+    assert (measured.values > 2 * measured.sigma).all()
 
 
 @pytest.mark.parametrize(

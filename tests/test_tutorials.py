@@ -122,3 +122,17 @@ def test_a_molecule_of_ones_own() -> None:
     assert said["frames_read"] == said["frames_written"] == 8 * 11
     assert 0 < said["rounding_nm"] < 0.00051
     assert set(said["checked"]) >= {"system", "experiment", "step", "simulate", "sample"}
+
+
+def test_a_molecule_is_corrected() -> None:
+    """Nobody crosses in the data; the fitted step crosses as MD does, and frames are molecules."""
+    said = json.loads(printed(executed("04_alanine_dipeptide.ipynb"))[-1].splitlines()[-1])
+    low, high = said["timescale_hdi_94"]
+    assert low < said["md_timescale"] + 2 * said["md_error"]
+    assert said["md_timescale"] - 2 * said["md_error"] < high
+    assert said["status"] in ("ok", "mc_limited")
+    assert low > 200
+    still = said["still_on_the_right"]
+    assert still["one step"] < 0.85 < still["one relaxation"]
+    weighted, generated = said["median_energy"]
+    assert generated == pytest.approx(weighted, abs=15)  # kJ/mol

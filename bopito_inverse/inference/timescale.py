@@ -1,7 +1,8 @@
 r"""The slowest relaxation of a composite step, from its own rollouts.
 
 As in `bopito_inverse.observables.relaxation`, whose equations this uses: the pairs of frames are
-all steps of all replicas, and replicas are what is independent.
+all steps of all replicas, and replicas are what is independent. There are at most `N_KNOTS` hat
+functions of an observable; fewer where there are few pairs, of which each function needs some.
 """
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from bopito_inverse.observables.relaxation import hats, quantile_knots, slow_mode
 
-N_KNOTS = 16
+N_KNOTS, FEWEST_KNOTS = 16, 4
+PAIRS_PER_FUNCTION = 40
 
 
 def second_eigenvalue(
@@ -31,7 +33,9 @@ def second_eigenvalue(
     series = series.double()
     if bool((series == series[:, :1, :1]).all()):
         raise ValueError("obs must vary between the predicted frames, got a constant")
-    phi = torch.cat([hats(s, quantile_knots(s, N_KNOTS)) for s in series], dim=-1)
+    n_pairs = (series.shape[1] - 1) * series.shape[2]
+    n = min(N_KNOTS, max(FEWEST_KNOTS, n_pairs // (PAIRS_PER_FUNCTION * len(series))))
+    phi = torch.cat([hats(s, quantile_knots(s, n)) for s in series], dim=-1)
     now, later = phi[:-1].flatten(0, 1), phi[1:].flatten(0, 1)
     w = now.new_ones(1) if weights is None else weights.double().repeat(len(phi) - 1)
     weighted = w[:, None] * now

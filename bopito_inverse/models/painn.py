@@ -41,6 +41,7 @@ from bopito_inverse.models.networks import Fourier
 CLEAN_WIDTH = 0.02  # least width of a distance in a frame without noise, in scales
 CPU_BATCH = 32  # frames whose features stay in the cache
 READER_DEPTH = 2
+RECOMPILE_LIMIT = 64  # kinds of layers, of parts of a batch, and of derivatives, in one process
 
 
 class PaiNN(nn.Module):
@@ -132,6 +133,8 @@ class PaiNN(nn.Module):
 
         Forward-mode derivatives do not pass through a compiled layer.
         """
+        limit = torch._dynamo.config.recompile_limit  # beyond it, layers are not compiled after all
+        torch._dynamo.config.recompile_limit = max(limit, RECOMPILE_LIMIT)
         for layer in [*self.layers, *getattr(self, "reader", ())]:
             layer.compile()
 

@@ -2,12 +2,17 @@ r"""Time-correlation functions, each with the error of its own estimate.
 
 Let `a` and `b` be functions of a frame, `a_0 = a(x_0)` and `b_k = b(x_k)`, where `x_k` lies `k`
 after `x_0`. With `E` and `Var` over replicas, a correlation function is a smooth function `f` of
-the means of `m = (a_0, b_k, a_0^2, b_k^2, a_0 b_k, a_0 b_0)`:
+the means of `m = (a_0, b_k, a_0^2, b_k^2, a_0 b_k, a_0 b_0, b_0)`:
 
     raw        E[a_0 b_k]
     connected  E[a_0 b_k] - E[a_0] E[b_k]
     variance   (E[a_0 b_k] - E[a_0] E[b_k]) / sqrt(Var[a_0] Var[b_k])
     c0         E[a_0 b_k] / E[a_0 b_0]
+    static     (E[a_0 b_k] - E[a_0] E[b_k]) / (E[a_0 b_0] - E[a_0] E[b_0])
+
+In a stationary process `variance` and `static` of an autocorrelation are one function; their
+estimates differ. Where a rare state holds much of the variance, few jumps into it are most of the
+noise of Var[b_k], and `static`, which does without, is the better one.
 
 To first order its estimate is a mean over the `R` replicas of the *influence* (delta method)
 
@@ -40,6 +45,7 @@ class _Moments(NamedTuple):
     bb: Tensor
     ab: Tensor
     ab_0: Tensor
+    b_0: Tensor
 
 
 class _Normalization(NamedTuple):
@@ -84,11 +90,21 @@ def _c0_influence(m: _Moments, a: Tensor, b: Tensor, ab_0: Tensor) -> Tensor:
     return (a * b - _c0(m) * ab_0) / m.ab_0
 
 
+def _static(m: _Moments) -> Tensor:
+    return _connected(m) / (m.ab_0 - m.a * m.b_0)
+
+
+def _static_influence(m: _Moments, a: Tensor, b: Tensor, ab_0: Tensor) -> Tensor:
+    """Where a_0 and b_0 are centred, as `_linearize` does."""
+    return ((a - m.a) * (b - m.b) - _static(m) * ab_0) / m.ab_0
+
+
 _NORMALIZATIONS = {
     "raw": _Normalization(_raw, _raw_influence, centred=False),
     "connected": _Normalization(_connected, _connected_influence, centred=True),
     "variance": _Normalization(_variance, _variance_influence, centred=True),
     "c0": _Normalization(_c0, _c0_influence, centred=False),
+    "static": _Normalization(_static, _static_influence, centred=True),
 }
 NORMALIZATIONS = tuple(_NORMALIZATIONS)
 
@@ -131,14 +147,15 @@ class Correlation:
         a: observable of the first frame: maps frames `(B, *event)` to `(B,)`. For events of shape
             `(1,)` it may return `(B, 1)`. To be differentiated it must be made of torch operations.
         b: observable of the later frame; None for the autocorrelation of `a`.
-        normalization: `raw`, `connected`, `variance` or `c0`; equations at the top of this file.
+        normalization: `raw`, `connected`, `variance`, `c0` or `static`; equations at the top of
+            this file.
         name: appears in figures and messages; by default the names of the functions.
 
     Raises:
         ValueError: `normalization` is unknown, or an observable is not callable.
 
-    Where the divisor of `variance` or `c0` vanishes (a constant observable) the value is NaN or
-    infinite: it is not checked, because that would copy from the device at each call.
+    Where the divisor of `variance`, `c0` or `static` vanishes (a constant observable) the value is
+    NaN or infinite: it is not checked, because that would copy from the device at each call.
 
     >>> position = Correlation(lambda x: x)
     >>> x_0 = torch.tensor([[-1.0], [1.0]])
@@ -229,9 +246,9 @@ class Correlation:
 
         f = _NORMALIZATIONS[self.normalization]
         if f.centred:  # no cancellation in E[a b] - E[a] E[b] when the means are large
-            a_0, b_k = a_0 - mean(a_0), b_k - mean(b_k)
+            a_0, b_0, b_k = (x - mean(x) for x in (a_0, b_0, b_k))
         ab_0 = a_0 * b_0
-        powers = (a_0, b_k, a_0**2, b_k**2, a_0 * b_k, ab_0)
+        powers = (a_0, b_k, a_0**2, b_k**2, a_0 * b_k, ab_0, b_0)
         moments = _Moments(*map(mean, powers))
         influence = f.influence(moments, a_0, b_k, ab_0)
         return f.value(moments), influence if w is None else w * influence
@@ -297,7 +314,7 @@ class Correlation:
         return a, b
 
     def _jackknife(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Value and standard error from the sums of each block, shape `(n_blocks, 7, L)`."""
+        """Value and standard error from the sums of each block, shape `(n_blocks, 8, L)`."""
         value = self._from_sums(blocks.sum(0))
         reached = blocks[:, 0] > 0
         n = reached.sum(0)
@@ -308,13 +325,13 @@ class Correlation:
         return value, torch.where(n > 1, error, torch.inf)
 
     def _from_sums(self, sums: Tensor) -> Tensor:
-        """f from (weight of all pairs, sums of m), shape `(..., 7, L)`."""
+        """f from (weight of all pairs, sums of m), shape `(..., 8, L)`."""
         count, *totals = sums.unbind(-2)
         return _NORMALIZATIONS[self.normalization].value(_Moments(*(t / count for t in totals)))
 
 
 def _pair_sums(a: Tensor, b: Tensor, w: Tensor, lags: Tensor) -> Tensor:
-    """Weight of all pairs (t, t + lag) of one trajectory and the sums of m over them, `(7, L)`."""
+    """Weight of all pairs (t, t + lag) of one trajectory and the sums of m over them, `(8, L)`."""
     n = len(a)
     inside = lags < n
     k = lags.clamp(max=n - 1)
@@ -322,10 +339,9 @@ def _pair_sums(a: Tensor, b: Tensor, w: Tensor, lags: Tensor) -> Tensor:
     first = torch.fft.rfft(torch.stack([w, w, w * a]), size).conj()
     later = torch.fft.rfft(torch.stack([b, b**2, b]), size)
     b_k, bb_k, ab_k = torch.fft.irfft(first * later, size)[:, k]
-    total, a_0, aa, ab_0 = (w * torch.stack([torch.ones_like(a), a, a**2, a * b])).cumsum(1)[
-        :, n - 1 - k
-    ]
-    return torch.where(inside, torch.stack([total, a_0, b_k, aa, bb_k, ab_k, ab_0]), 0.0)
+    heads = w * torch.stack([torch.ones_like(a), a, a**2, a * b, b])
+    total, a_0, aa, ab_0, b_0 = heads.cumsum(1)[:, n - 1 - k]
+    return torch.where(inside, torch.stack([total, a_0, b_k, aa, bb_k, ab_k, ab_0, b_0]), 0.0)
 
 
 def _evaluate(argument: str, function: Observable, frames: Tensor) -> Tensor:

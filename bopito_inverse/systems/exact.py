@@ -115,7 +115,7 @@ class TransferOperator:
             a: observable of frames (B, 1), or its values on the grid (G,).
             b: the same; `None` for the autocorrelation of `a`.
             lags: lags in frames, at least 0.
-            normalization: `raw`, `connected`, `variance` or `c0`, as in
+            normalization: `raw`, `connected`, `variance`, `c0` or `static`, as in
                 `bopito_inverse.observables.Correlation`.
         """
         a_grid = self._on_grid("a", a)
@@ -124,7 +124,7 @@ class TransferOperator:
         if not (np.isfinite(lag).all() and (lag >= 0).all()):
             raise ValueError(f"lags must be finite and at least 0, got {lags}")
         mean_a, mean_b = self._mu @ a_grid, self._mu @ b_grid
-        if normalization in ("connected", "variance"):
+        if normalization in ("connected", "variance", "static"):
             a_grid, b_grid = a_grid - mean_a, b_grid - mean_b
         amplitude = (self._vectors.T @ (self._sqrt_mu * a_grid)) * (
             self._vectors.T @ (self._sqrt_mu * b_grid)
@@ -134,10 +134,10 @@ class TransferOperator:
             return value
         if normalization == "variance":
             return value / np.sqrt((self._mu @ a_grid**2) * (self._mu @ b_grid**2))
-        if normalization == "c0":
+        if normalization in ("c0", "static"):
             return value / (self._mu @ (a_grid * b_grid))
         raise ValueError(
-            f"normalization must be raw, connected, variance or c0, got {normalization!r}"
+            f"normalization must be raw, connected, variance, c0 or static, got {normalization!r}"
         )
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:

@@ -159,18 +159,28 @@ def measured(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Autocorrelations of numbers along trajectories, each (n, n_frames), one after the other.
 
+    C = sum_s p_s E[z_t z_{t + lag} | side s at t], where p_s is the share of a side, and z has mean
+    zero and variance one in the equilibrium: frames of each side count alike, whatever their time.
     The covariance is that of a jackknife over trajectories, those of either side by themselves.
     """
-    obs = bi.observables.Correlation(lambda x: x[:, 0], normalization="variance")
+    sides = torch.stack([is_right(phi), ~is_right(phi)]).double()  # (2, n, n_frames)
+    weights = sum(p * own / own.sum() for p, own in zip((share, 1 - share), sides, strict=True))
+    sums = []  # of z_t z_{t + lag} and of frames, by side: each (2, 2, n)
+    for x in series:
+        z = x.double() - (weights * x).sum()
+        z = z / (weights * z.square()).sum().sqrt()
+        for lag in LAGS:
+            now, both = sides[..., :-lag], z[:, :-lag] * z[:, lag:]
+            sums.append(torch.stack([(now * both).sum(-1), now.sum(-1)]))
+    total = torch.stack(sums)  # (n_values, 2, 2, n)
 
     def values(rows: torch.Tensor) -> np.ndarray:
-        weights = at_each_time(phi[rows], share)
-        found = [obs.from_trajectories(x[rows, :, None], LAGS, weights=weights) for x in series]
-        return torch.cat([value for value, _ in found]).numpy()
+        product, count = total[..., rows].sum(-1).unbind(1)
+        return (product / count @ torch.tensor([share, 1 - share]).double()).numpy()
 
     rows = torch.arange(len(phi))
     begins_right = is_right(phi[:, 0])
-    covariance = np.zeros((len(series) * len(LAGS),) * 2)
+    covariance = np.zeros((len(total), len(total)))
     for side in (rows[begins_right], rows[~begins_right]):
         without = np.stack([values(rows[rows != i]) for i in side])
         off = without - without.mean(0)

@@ -51,6 +51,7 @@ def exact(normalization: str, cross: bool) -> Tensor:
         "connected": covariance,
         "variance": covariance / variance,
         "c0": (covariance + product) / at_zero,
+        "static": covariance / (at_zero - product),
     }[normalization]
 
 
@@ -80,6 +81,10 @@ def test_standard_error_is_the_spread_of_repeated_experiments(normalization, cro
         covariances.append(samples.covariance)
     empirical = torch.stack(values).T.cov()
     claimed = torch.stack(covariances).mean(0)
+    if normalization == "static" and antithetic and not cross:  # all noise cancels
+        assert empirical.abs().max() < 1e-20
+        assert claimed.abs().max() < 1e-20
+        return
     ratio = claimed.diagonal().sqrt() / empirical.diagonal().sqrt()
     assert (ratio - 1).abs().max() < 0.12  # the spread itself is known to 3 %
     assert (_unit(claimed) - _unit(empirical)).abs().max() < 0.12
@@ -133,12 +138,12 @@ def test_identities(normalization, seed, n, shift, scale):
     samples = Correlation(position, normalization=normalization).contributions(x_0, x_k)
     size = samples.influence.abs().max() + 1
     assert samples.influence.mean(0).abs().max() < 1e-12 * size
-    if normalization in ("variance", "c0"):
+    if normalization in ("variance", "c0", "static"):
         assert abs(samples.value[0] - 1) < 1e-12
         assert samples.influence[:, 0].abs().max() < 1e-10 * size
     if normalization == "variance":
         assert samples.value.abs().max() <= 1 + 1e-12
-    shift *= normalization in ("connected", "variance")
+    shift *= normalization in ("connected", "variance", "static")
     factor = scale**2 if normalization in ("raw", "connected") else 1.0
     other = Correlation(lambda x: scale * x[..., 0] + shift, normalization=normalization)
     moved = other.contributions(x_0, x_k)
@@ -165,6 +170,7 @@ def test_influence_is_the_derivative_with_respect_to_a_replica_weight(normalizat
             "connected": covariance,
             "variance": covariance / variances.sqrt(),
             "c0": ab / (p * a * b_0).sum(0),
+            "static": covariance / ((p * a * b_0).sum(0) - a_mean * (p * b_0).sum(0)),
         }[normalization]
 
     weights = torch.ones(20, dtype=torch.float64)
@@ -226,7 +232,7 @@ def test_frames_that_do_not_fit_are_refused(shape):
 
 
 def test_wrong_arguments_are_refused():
-    with pytest.raises(ValueError, match="raw, connected, variance, c0, got 'pearson'"):
+    with pytest.raises(ValueError, match="raw, connected, variance, c0, static, got 'pearson'"):
         Correlation(position, normalization="pearson")
     with pytest.raises(ValueError, match="b must be a function of frames, got 3"):
         Correlation(position, 3)

@@ -117,6 +117,7 @@ def test_cross_correlation_is_a_sum_over_the_transition_matrix(coarse: TransferO
         "connected": connected,
         "variance": connected / deviations,
         "c0": raw / (mu @ (a * b)),
+        "static": connected / (mu @ (a * b) - (mu @ a) * (mu @ b)),
     }
     for name, value in expected.items():
         by_function = coarse.correlation(position, is_right, 40.0, name)
