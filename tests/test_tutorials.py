@@ -130,8 +130,8 @@ def test_a_molecule_is_corrected() -> None:
     low, high = said["timescale_hdi_94"]
     assert low < said["md_timescale"] + 2 * said["md_error"]
     assert said["md_timescale"] - 2 * said["md_error"] < high
-    assert said["status"] in ("ok", "mc_limited")
-    assert low > 200
+    assert said["status"] in ("ok", "mc_limited", "bound")  # few replicas
+    assert 300 < said["timescale_median"] < 20_000
     still = said["still_on_the_right"]
     assert still["one step"] < 0.85 < still["one relaxation"]
     weighted, generated = said["median_energy"]

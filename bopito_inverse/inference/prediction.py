@@ -328,7 +328,9 @@ def as_observables(obs: Correlation | Mapping[str, Correlation]) -> dict[str, Co
 def _resample(frames: Frames, n: int, seed: int, share: float) -> tuple[Tensor, Tensor | None]:
     """Systematic resample of weighted frames in random order, with importance weights."""
     generator = as_generator(seed, frames.x.device, "starts")
-    drawn = Frames(frames.x, (1 - share) * frames.weights + share / len(frames))
+    drawn = frames
+    if share > 0:
+        drawn = Frames(frames.x, (1 - share) * frames.weights + share / len(frames))
     index = drawn.systematic(n, generator)
     index = index[torch.randperm(n, generator=generator, device=frames.x.device)]
     if share == 0:
