@@ -38,7 +38,7 @@ def executed(name: str) -> NotebookNode:
     notebook = nbformat.read(TUTORIALS / name, as_version=4)
     client = NotebookClient(
         notebook,
-        timeout=600,
+        timeout=1800,  # of a cell
         kernel_name="python3",
         resources={"metadata": {"path": str(TUTORIALS)}},
     )
