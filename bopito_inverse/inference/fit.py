@@ -102,7 +102,7 @@ def fit(
         max_replicas: limit to what `target_mc_fraction` may ask for.
         uniform_share: share of the replicas that start from all frames alike and are weighted
             instead (see `prediction`). Where a slow process leads to a state that is rare in mu but
-            not among the frames (umbrella windows), 0.5 saves most of the replicas.
+            not among the frames (umbrella windows), far fewer replicas do with 0.5.
 
     Returns:
         The posterior, with a status that says whether to trust it.

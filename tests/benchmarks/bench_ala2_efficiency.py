@@ -7,7 +7,8 @@ same network, batch, steps and learning rate. BoPITO is also given the shipped s
 from umbrella windows that cross the barrier of phi. Scaled down from the paper, for one core: 20 ns
 of data at most in implicit solvent, networks of width 32 and depth 3, one or two sets of
 trajectories of each size, and 1,000 steps of 64 pairs, where the shipped model had 12,000 of 128:
-losses still fall, most that of ITO. More steps: --steps.
+losses still fall, most that of ITO. More steps: --steps. Not run to the end yet: after 1,000 steps
+on 20 trajectories BoPITO had not learned to read x_0, so that some thousands are needed.
 
 Phi of 0 to 126 degrees, the right side, has 2 % of the equilibrium. Coming and going there is the
 slow process, 63 % of the variance of sin(phi) and 5 % of cos(phi); all else that phi does is over
