@@ -249,17 +249,18 @@ def _true_timescale(report: dict[str, Any]) -> tuple[str, float | None]:
 
 def _posterior_table(summary: dict[str, Any], source: str, true: float | None) -> Table:
     table = Table(title="Posterior", title_justify="left", title_style="bold")
-    for name in ("", "mean", "sd", "94 % HDI", *([] if true is None else [source])):
+    for name in ("", "mean", "sd", "median", "94 % HDI", *([] if true is None else [source])):
         table.add_column(name, justify="left" if not name else "right")
     labels = {"n_int": "N_int / frames", "weight": "w", "timescale": "timescale / frames"}
     for key, label in labels.items():
         part = summary[key]
-        numbers = (part["mean"], part["sd"], *part["hdi_94"])
-        mean, sd, low, high = map(_from_json, numbers)
+        numbers = (part["mean"], part["sd"], part["median"], *part["hdi_94"])
+        mean, sd, median, low, high = map(_from_json, numbers)
         truth = []
         if true is not None and key == "timescale":
             truth = [f"{true:.1f}, {'inside' if low <= true <= high else 'outside'}"]
-        table.add_row(label, f"{mean:.4g}", f"{sd:.2g}", f"{low:.4g} to {high:.4g}", *truth)
+        row = (f"{mean:.4g}", f"{sd:.2g}", f"{median:.4g}", f"{low:.4g} to {high:.4g}")
+        table.add_row(label, *row, *truth)
     return table
 
 

@@ -137,7 +137,7 @@ def test_a_run_writes_what_it_promises(finished: Path) -> None:
         assert (results / file).stat().st_size > 0, file
     summary = json.loads((results / "fit" / "summary.json").read_text())
     for name in ("n_int", "weight", "timescale"):
-        assert summary[name].keys() == {"mean", "sd", "hdi_94"}
+        assert summary[name].keys() == {"mean", "sd", "median", "hdi_94"}
     constants = {k: summary[k] for k in ("lag_max", "lambda_hat", "step_lag", "n_replicas", "seed")}
     expected = {"lag_max": 20, "lambda_hat": 0.95, "step_lag": 20, "n_replicas": 64, "seed": 0}
     assert constants == expected

@@ -18,16 +18,22 @@ class Estimate:
     Attributes:
         mean: posterior mean.
         sd: posterior standard deviation.
-        hdi_94: shortest interval that holds 94 % of the posterior.
+        median: posterior median.
+        hdi_94: shortest interval that holds 94 % of the posterior; where draws are infinite, the
+            one between the quantiles of 3 and 97 %.
     """
 
     mean: float
     sd: float
+    median: float
     hdi_94: tuple[float, float]
 
     def __str__(self) -> str:
         low, high = self.hdi_94
-        return f"{self.mean:.4g} +- {self.sd:.2g} (94 % HDI {low:.4g} to {high:.4g})"
+        centre = f"{self.mean:.4g} +- {self.sd:.2g}"
+        if not math.isfinite(self.mean):
+            centre = f"median {self.median:.4g}"
+        return f"{centre} (94 % HDI {low:.4g} to {high:.4g})"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, which has no infinity: None stands for it."""
@@ -35,17 +41,20 @@ class Estimate:
         return {
             "mean": _finite(self.mean),
             "sd": _finite(self.sd),
+            "median": _finite(self.median),
             "hdi_94": [_finite(low), _finite(high)],
         }
 
 
 def estimate(draws: np.ndarray) -> Estimate:
     """Summary of posterior draws (chains, draws); where some are infinite, so are mean and sd."""
-    if not np.isfinite(draws).all():
-        low, high = np.quantile(draws, [(1 - HDI_PROB) / 2, (1 + HDI_PROB) / 2], method="lower")
-        return Estimate(np.inf, np.inf, (float(low), float(high)))
-    low, high = _arviz().hdi(draws.ravel(), hdi_prob=HDI_PROB)
-    return Estimate(float(draws.mean()), float(draws.std()), (float(low), float(high)))
+    tail = (1 - HDI_PROB) / 2
+    low, median, high = np.quantile(draws, [tail, 0.5, 1 - tail], method="lower")
+    mean, sd = np.inf, np.inf
+    if np.isfinite(draws).all():
+        mean, sd = draws.mean(), draws.std()
+        low, high = _arviz().hdi(draws.ravel(), hdi_prob=HDI_PROB)
+    return Estimate(float(mean), float(sd), float(median), (float(low), float(high)))
 
 
 def ess_bulk(draws: np.ndarray) -> float:

@@ -57,7 +57,8 @@ def judge(
         return Status(
             "bound",
             "the data are slower than the model at its shortest lag: read the interval as a lower "
-            "bound on the timescale. Take a longer step_lag, or check the units of the lags"
+            "bound on the timescale. Take a longer step_lag, check the units of the lags, or train "
+            "longer where walkers leave wells that no trajectory of the data leaves"
             f"{misfit}",
         )
     if p_value < POOR_FIT:

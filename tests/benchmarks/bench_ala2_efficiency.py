@@ -92,7 +92,7 @@ class Plan(NamedTuple):
         return self.folder / "_".join(map(str, (*job, self.steps)))
 
 
-FULL = Plan(WORK, 1001, {1: 2, 5: 1, 20: 1}, (2, 100, 500), 1000, 48, 12)
+FULL = Plan(WORK, 1001, {1: 1, 5: 1, 20: 1}, (2, 100, 500), 6000, 48, 12)
 QUICK = Plan(WORK / "quick", 21, {1: 1, 2: 1}, (2, 5, 10), 4, 3, 4)
 
 
@@ -199,9 +199,9 @@ def settings(plan: Plan, n: int) -> TrainingConfig:
         learning_rate=3e-3,
         noise_start=5.0,
         validation=max(0.15, 1 / n) if n > 1 else 0.0,
-        validate_every=200,
-        patience=2 if n > 1 else None,
-        checkpoint_every=200,
+        validate_every=500,
+        patience=4 if n > 1 else None,
+        checkpoint_every=250,
         compile=True,
         network=NetworkConfig(width=32, depth=3),
     )

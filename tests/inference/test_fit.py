@@ -8,7 +8,7 @@ import torch
 from scipy.stats import kstest, lognorm, norm, uniform
 
 import bopito_inverse as bi
-from bopito_inverse.inference.posterior import read_netcdf, write_netcdf
+from bopito_inverse.inference.posterior import estimate, read_netcdf, write_netcdf
 from bopito_inverse.sampling import DPMSolver, Interpolate, Propagate, Rollout
 
 SYSTEM = bi.systems.OrnsteinUhlenbeck()  # timescale 20 frames
@@ -139,6 +139,14 @@ def test_broad_prior_does_not_hide_a_bound() -> None:
     assert result.n_int.hdi_94[1] > 2500
 
 
+def test_estimate_of_infinite_draws_has_a_median() -> None:
+    draws = np.append(np.arange(1.0, 100.0), np.inf).reshape(4, 25)
+    found = estimate(draws)
+    assert found.mean == found.sd == np.inf
+    assert str(found) == "median 50 (94 % HDI 3 to 97)"
+    assert found.to_dict() == {"mean": None, "sd": None, "median": 50, "hdi_94": [3, 97]}
+
+
 def test_status_survives_a_copy(slow) -> None:
     copied = copy.deepcopy(slow.status)
     assert copied == slow.status
@@ -218,7 +226,7 @@ def test_posterior_predictive_has_the_noise_of_the_experiment(slow) -> None:
 def test_summary_is_plain_json(slow) -> None:
     summary = json.loads(json.dumps(slow.summary()))
     for name in ("n_int", "weight", "timescale"):
-        assert set(summary[name]) == {"mean", "sd", "hdi_94"}
+        assert set(summary[name]) == {"mean", "sd", "median", "hdi_94"}
     expected = {"status", "ess_bulk", "lag_max", "lambda_hat", "step_lag", "n_replicas", "seed"}
     assert expected <= set(summary)
     assert "94 % HDI" in str(slow)
