@@ -128,6 +128,30 @@ class PaiNN(nn.Module):
         self.pair_mean.copy_(mean)
         self.pair_std.copy_((sums[2] / sums[0] - mean.square()).clamp(min=0).sqrt())
 
+    @torch.no_grad()
+    def start_from(self, other: "PaiNN") -> None:
+        """Take over what `other` knows of the molecule; what is put out stays zero.
+
+        Of the layers, as many as both have; those that read the conditioning frame start as the
+        first layers of `other`, too. Where the widths differ, or the numbers of radial functions or
+        frequencies, only the distances of pairs can be taken.
+        """
+        self.pair_mean.copy_(other.pair_mean)
+        self.pair_std.copy_(other.pair_std)
+        mine, theirs = self.config(), other.config()
+        if any(mine[key] != theirs[key] for key in mine if key != "depth"):
+            return
+        self.embed_atom.load_state_dict(other.embed_atom.state_dict())
+        self.out[0].load_state_dict(other.out[0].state_dict())
+        for own, known in zip(
+            self.embed_time.parameters(), other.embed_time.parameters(), strict=True
+        ):
+            rows = min(len(own), len(known))
+            own[:rows] = known[:rows]
+        for layers in (self.layers, getattr(self, "reader", ())):
+            for layer, known_layer in zip(layers, other.layers, strict=False):
+                layer.load_state_dict(known_layer.state_dict())
+
     def compile_layers(self) -> None:
         """Let `torch.compile` fuse each layer: half the time, after a minute of compiling.
 

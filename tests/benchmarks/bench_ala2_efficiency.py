@@ -92,7 +92,7 @@ class Plan(NamedTuple):
         return self.folder / "_".join(map(str, (*job, self.steps)))
 
 
-FULL = Plan(WORK, 1001, {1: 1, 5: 1, 20: 1}, (2, 100, 500), 6000, 48, 12)
+FULL = Plan(WORK, 1001, {1: 1, 5: 1, 20: 1}, (2, 100, 500), 2500, 48, 12)
 QUICK = Plan(WORK / "quick", 21, {1: 1, 2: 1}, (2, 5, 10), 4, 3, 4)
 
 
@@ -203,7 +203,7 @@ def settings(plan: Plan, n: int) -> TrainingConfig:
         patience=4 if n > 1 else None,
         checkpoint_every=250,
         compile=True,
-        network=NetworkConfig(width=32, depth=3),
+        network=NetworkConfig(width=48, depth=3),
     )
 
 

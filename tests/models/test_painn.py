@@ -140,6 +140,31 @@ def test_noised_distances_have_unit_size() -> None:
         assert 0.4 < u.std(0)[only].min() < u.std(0)[only].max() < 1.2
 
 
+def test_start_from_another_network() -> None:
+    """All but what is put out is that of the other; a deeper one gives its first layers."""
+    known, fresh = network(conditional=False), network()
+    fresh.start_from(known)
+    for mine, theirs in ((fresh.out[2], known.out[2]), (fresh.springs, known.springs)):
+        assert not torch.equal(mine.weight, theirs.weight)
+        mine.load_state_dict(theirs.state_dict())
+    x, ratio = noised(), torch.tensor(0.3, dtype=torch.float64)
+    torch.testing.assert_close(fresh(x, ratio), known(x, ratio))
+    for layers in (fresh.layers, fresh.reader):
+        for mine, theirs in zip(layers, known.layers, strict=False):
+            assert torch.equal(mine.filters, theirs.filters)
+
+
+def test_start_from_a_network_of_another_size() -> None:
+    known = network(conditional=False)
+    for other, taken in (({"depth": 2}, True), ({"width": 12}, False)):
+        arguments = {k: v for k, v in known.config().items() if k != "kind"} | other
+        fresh = PaiNN(ALANINE.event_shape, True, **arguments).double()
+        fresh.start_from(known)
+        assert torch.equal(fresh.pair_mean, known.pair_mean)
+        assert torch.equal(fresh.layers[1].filters, known.layers[1].filters) == taken
+        assert not fresh.springs.weight.any()  # as s_eq is, before any training
+
+
 def frames(n: int = 40) -> torch.Tensor:
     torch.manual_seed(1)
     return moved(ALANINE.positions.double() + 0.005 * torch.randn(n, 22, 3)).float() + 1.0
@@ -155,6 +180,8 @@ def test_training_sampling_and_files(tmp_path: Path) -> None:
     bopito = train_bopito(trajectories, s_eq, lag_max=4, lambda_hat=0.9, config=SHORT)
     ito = train_ito(trajectories, lag_max=4, config=SHORT, molecule=ALANINE)
     torch.testing.assert_close(bopito.s_dyn.network.pair_mean, s_eq.network.pair_mean)
+    drift = bopito.s_dyn.network.layers[0].filters - s_eq.network.layers[0].filters
+    assert 0 < drift.abs().max() < 0.1  # s_dyn started from s_eq
     for score in (s_eq, bopito, ito):
         save(score, tmp_path / "score.safetensors")
         loaded = load(tmp_path / "score.safetensors")
