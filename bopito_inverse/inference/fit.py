@@ -41,6 +41,7 @@ N_REPLICAS, TARGET_MC_FRACTION, MAX_REPLICAS = 4096, 0.1, 65536
 FEWEST_REPLICAS = 32  # fewer do not say how far off their mean is
 PILOT_NODES, PILOT_SHARE, PILOT_REPLICAS = 7, 8, 512
 PILOT_TAIL = 1e-5  # posterior weight outside of the final interval
+WIDE = 0.5  # share of the family beyond which a final interval saves nothing
 EDGE_SHARE, EDGE_WEIGHT = 0.02, 1e-3  # outermost part of an interval, and what it may hold
 LEAN_WIDTH, LEAN_MASS, LEAN_LIKELIHOOD = 0.02, 0.01, 0.1  # in u: leaning on an end of the family
 EMULATOR_SHARE, MAX_NODES = 0.01, 12  # when to stop adding nodes
@@ -174,13 +175,16 @@ class _Fit:
         explored = first.explore(self.options.seed)
         n_replicas = self._replicas(first.shares(explored)["monte_carlo"])
         interval = self._interval(first, explored)
-        while True:
+        if n_replicas == self._pilot_replicas and np.ptp(interval) > WIDE * np.ptp(family):
+            emulator = pilot  # as good as another one
+        else:
             emulator = self._emulator(self.step, n_replicas, interval)
+        while True:
             problem, explored = self._refined(emulator, self._discrepancy(emulator))
             wider = self._wider(problem, explored)
-            if wider == interval:
+            if wider == emulator.interval:
                 break
-            interval = wider
+            emulator = self._emulator(self.step, n_replicas, wider)
         return self._result(problem, explored, first)
 
     @property
