@@ -34,6 +34,7 @@ because a run file may lie where nothing can be written.
     [step]
     step_lag = 100                  # frames that one composite step stands for
     # relax = [50]                  # the paper's step: interpolate, then propagate by these lags
+    # slower = false                # where the data lack the slow process: half the predictions
 
     [experiment]
     file = "experiment.csv"
@@ -346,12 +347,20 @@ class TrainSection(_Section):
 class StepSection(_Section):
     """`[step]`: the composite step, by default `sampling.renoising_step`.
 
-    With `relax` it is the paper's: interpolation, then propagation by each of these lags.
+    With `relax` it is the paper's: interpolation, then propagation by each of these lags. `slower`
+    says whether the default step may be slower than the trained model.
     """
 
     step_lag: int = Field(ge=1)
     relax: tuple[float, ...] | None = None
+    slower: bool = True
     evaluations: int = Field(default=20, ge=2)
+
+    @model_validator(mode="after")
+    def _slower_is_of_the_default_step(self) -> "StepSection":
+        if self.relax is not None and not self.slower:
+            raise ValueError("slower must be true where relax is given, got false")
+        return self
 
     @field_validator("relax")
     @classmethod

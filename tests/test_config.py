@@ -145,6 +145,7 @@ STEP = MINIMAL + "[step]\nstep_lag = 10\n"
         (TRAIN.replace("0.9", "1.0"), r"train\.lambda_hat must be less than 1, got 1"),
         (TRAIN.replace("0.9", "nan"), r"train\.lambda_hat must be .*, got nan"),
         (STEP.replace("10", '"long"'), r"step\.step_lag must be a valid integer.* got 'long'"),
+        (STEP + "relax = [5]\nslower = false", r"slower must be true where relax is given"),
         (STEP + "relax = [5, -5]", r"step\.relax must hold positive lags, got \[5\.0, -5\.0\]"),
         (MINIMAL + '[observable]\na = "y"', r"observable\.a must be one of x, x\^2, x>0, got 'y'"),
         (

@@ -263,6 +263,7 @@ def renoising_step(
     step_lag: int,
     solver: Solver | None = None,
     relaxation: float | None = None,
+    slower: bool = True,
 ) -> Rollout:
     """The recommended composite step, T(relaxation / 2) R(w) T(relaxation / 2).
 
@@ -276,6 +277,9 @@ def renoising_step(
             slowest relaxation within a well. Where the data hold the slow process (its timescale
             in the trained model is less than some three times that of the experiment), take
             `step_lag` (`tests/benchmarks/bench_steps.py`).
+        slower: whether the step may be slower than the trained model, at n_int below N_max. Data
+            that lack the slow process altogether cannot be too fast: with False, relaxations keep
+            their length, a fit searches w <= 1 alone, and takes about half the predictions.
 
     Where the simulation has the wrong equilibrium (another force field, another temperature), T
     does not leave mu invariant, and below N_max the step is the simulation with a slower clock.
@@ -290,7 +294,8 @@ def renoising_step(
     total = min(as_count("step_lag", step_lag) / 2, n_max) if relaxation is None else relaxation
     shares = as_positive("relaxation", total) / 2 / n_max
     n = math.ceil(shares)
-    half = [Propagate(share=shares / n)] * n
+    one = Propagate(share=shares / n) if slower else Propagate(shares / n * n_max)
+    half = [one] * n
     return Rollout([*half, Renoise(), *half], step_lag, solver)
 
 

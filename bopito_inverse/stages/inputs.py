@@ -174,7 +174,7 @@ def read_step(config: Config, model: Interpolator) -> Rollout:
     section = config.section("step")
     solver = DPMSolver(section.evaluations)
     if section.relax is None:
-        return renoising_step(model.lag_max, section.step_lag, solver)
+        return renoising_step(model.lag_max, section.step_lag, solver, slower=section.slower)
     for lag in section.relax:
         if lag > model.lag_max:
             raise ValueError(

@@ -25,8 +25,6 @@ from bopito_inverse.sampling import DPMSolver, Normal, Propagate, Rollout
 
 FOLDER = store.DATA / "ala2"
 STEP_LAG = 1000
-# of fixed length, so that w <= 1: data in which nobody crosses cannot be too fast
-RELAX = [Propagate(25)]
 LONGEST = 3000  # lag that is fitted
 UNIFORM_SHARE = 0.5  # of the replicas, for the right side of phi
 FITTED = ("sin(phi)", "cos(phi)")
@@ -51,7 +49,7 @@ def main() -> None:
     model = bi.Interpolator(bopito)
     starts = Frames.read(FOLDER / "frames.npz")
     solver = DPMSolver(options.evaluations)
-    step = Rollout([*RELAX, bi.sampling.Renoise(), *RELAX], STEP_LAG, solver)
+    step = bi.sampling.renoising_step(model.lag_max, STEP_LAG, solver, slower=False)
     obs = {
         name: bi.observables.Correlation(
             bi.observables.feature(name, molecule.topology), normalization="static", name=name

@@ -178,6 +178,23 @@ def test_the_recommended_step_relaxes_for_half_its_length_at_most(
     assert Renoise(70).config() == {"move": "renoise", "n_int": 70.0}
 
 
+def test_a_step_that_is_never_slower_than_the_model() -> None:
+    """It is the default step above N_max, and does not know n_int below."""
+    model = exact_model(Prinz(), 0.0, LAMBDA_HAT, LAG_MAX)
+    x_0 = torch.linspace(-1, 1, 12)[:, None]
+    default, fixed = (renoising_step(LAG_MAX, 100, slower=slower) for slower in (True, False))
+    assert default.slower
+    assert not fixed.slower
+    assert str(Propagate(LAG_MAX / 2)) in str(fixed)
+
+    def frames(step: Rollout, n_int: float) -> Tensor:
+        normal = Normal(as_generator(1, torch.device("cpu")))
+        return torch.stack(list(step.frames(model, x_0, torch.tensor(n_int), 2, normal)))
+
+    torch.testing.assert_close(frames(fixed, 80.0), frames(default, 80.0))
+    assert torch.equal(frames(fixed, 10.0), frames(fixed, float(LAG_MAX)))
+
+
 @pytest.mark.parametrize("n_int", [20.0, 50.0, 51.0, 120.0, math.inf])
 def test_derivative_in_n_int(n_int: float) -> None:
     """Forward mode: finite at w = 1 and w = 0, and the slope of the frames in between."""
