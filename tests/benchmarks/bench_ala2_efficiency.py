@@ -1,20 +1,19 @@
 """How many trajectories does the equilibrium prior save? ITO against BoPITO, alanine dipeptide.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_ala2_efficiency.py     (some 40 minutes)
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_ala2_efficiency.py     (some 60 minutes)
 
 Both models learn from the same 1, 5 or 20 unbiased trajectories of 1 ns, frames of 1 ps, with the
 same network, batch, steps and learning rate. BoPITO is also given the shipped s_eq, which comes
-from umbrella windows that cross the barrier of phi. Scaled down from the paper, for one core: 20 ns
-of data at most in implicit solvent, networks of width 32 and depth 3, one or two sets of
-trajectories of each size, and 1,000 steps of 64 pairs, where the shipped model had 12,000 of 128:
-losses still fall, most that of ITO. More steps: --steps. Not run to the end yet: after 1,000 steps
-on 20 trajectories BoPITO had not learned to read x_0, so that some thousands are needed.
+from umbrella windows that cross the barrier of phi, and s_dyn starts from its layers. Scaled down
+from the paper, for one core: 20 ns of data at most in implicit solvent, networks of width 48 and
+depth 3, one set of trajectories of each size, and 2,500 steps of 64 pairs, where the shipped model
+had 12,000 of 128: losses still fall. More steps: --steps.
 
 Phi of 0 to 126 degrees, the right side, has 2 % of the equilibrium. Coming and going there is the
 slow process, 63 % of the variance of sin(phi) and 5 % of cos(phi); all else that phi does is over
 in some ps. 20 trajectories from equilibrium held not one frame of it, and no model can learn what
-is not there. So trajectories start on the right side and in all of equilibrium in turn. Sets of 1
-are one of each kind.
+is not there. So trajectories start on the right side and in all of equilibrium in turn; the set of
+1 starts on the right, and hardly leaves it.
 
 C is the autocorrelation of sin(phi) and cos(phi) by one step from equilibrium frames, with the mean
 and variance of equilibrium; its error is that to long unbiased MD. A quarter of the starts are on
