@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/bopito-inverse demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

@@ -9,6 +9,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "slow" not in item.keywords)  # else one core waits for the last
     if torch.cuda.is_available():
         return
     for item in items:

@@ -89,7 +89,8 @@ def main() -> None:
     found["moves"] = after_moves(molecule, model, step, starts, result.n_int.mean, options.seed)
     for key in ("MD timescale, frames", "held out", "moves"):
         print(f"{key}: {found[key]}")
-    draw_correlations(result, measured, held_out)
+    with plt.rc_context(plots.STYLE):
+        draw_correlations(result, measured, held_out)
     draw_rows(molecule, model, step, starts, result.n_int.mean, options.seed)
     store.write("ala2_kinetics", options.seed, found)
 
@@ -167,18 +168,22 @@ def draw_correlations(
     held_out: bi.observables.Experiment,
 ) -> None:
     """Measured and fitted correlation functions, and the one that was not fitted."""
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(plots.DOUBLE, 2.5), layout="constrained")
     tables = [measured.select(name) for name in FITTED] + [held_out]
     for ax, name, table in zip(axes, (*FITTED, HELD_OUT), tables, strict=True):
         draws = result.predict(table.lags, name).reshape(-1, len(table.lags))
         low, high = np.quantile(draws, [0.03, 0.97], axis=0)
         ns = table.lags / 1000
-        ax.fill_between(ns, low, high, alpha=0.3, label="posterior, 94 %")
-        ax.errorbar(ns, table.values, table.sigma, fmt="o", color="black", label="MD", capsize=2)
-        ax.axhline(0, color=plots.GREY, lw=0.6)
-        ax.set(title=name, xlabel="lag / ns")
+        band = {"color": plots.MEANING["corrected"], "alpha": 0.3, "lw": 0}
+        ax.fill_between(ns, low, high, label="corrected model, 94 %", **band)
+        md, left_out = plots.MEANING["MD"], name == HELD_OUT
+        face = {"marker": "o", "ms": 4, "mfc": "white" if left_out else md}
+        ax.errorbar(ns, table.values, table.sigma, color=md, ls="", capsize=2, label="MD", **face)
+        ax.axhline(0, color=plots.GREY, lw=0.5)
+        title = "distance H to H$_\\alpha$, held out" if left_out else name
+        ax.set(title=title, xlabel="lag / ns", xticks=ns)
     axes[0].set_ylabel("C(lag)")
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.savefig(store.RESULTS / "ala2_correlations.png", dpi=150)
     plt.close(figure)
 
