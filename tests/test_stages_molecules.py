@@ -250,6 +250,29 @@ def test_a_reference_that_does_not_fit_is_refused(copy: Path) -> None:
     refused(["data.reference: there is no file"], "sample", copy / "run.toml")
 
 
+def test_lags_that_a_short_reference_cannot_know_are_left_out(copy: Path) -> None:
+    good = dict(np.load(copy / "reference.npz"))
+    short = {name: good[name].reshape(-1, 8)[:100] for name in ("phi", "psi")}
+    for length, known in ((8, [4, 8, 12]), (7, [4, 8])):  # a lag of 12 is 6 frames
+        np.savez(
+            copy / "reference.npz", frame_time=0.2, **{k: x[:, :length] for k, x in short.items()}
+        )
+        shutil.rmtree(copy / "results" / "sample")
+        code, out, err = invoke("sample", copy / "run.toml")
+        assert (code, err, "nan" in out) == (0, "", False)
+        report = json.loads((copy / "results" / "sample" / "comparison.json").read_text())
+        for name in ("sin(phi)", "sin(psi)"):
+            part = report["correlations"][name]
+            left = [lag for lag in known if name == "sin(psi)" or lag > 4]
+            assert part["compared_lags"] == left
+            of = [report["lags"].index(lag) for lag in left]
+            off = [part["corrected"][i] - part["reference"][i] for i in of]
+            assert part["mean_abs_error"]["corrected"] == pytest.approx(np.abs(off).mean())
+        torsions = report["ramachandran"]["phi, psi"]
+        assert torsions["lags"] == [4, known[-1]]
+        assert set(torsions["frames"]) == {"uncorrected", "corrected", "MD"}
+
+
 MINE = '[system]\nname = "Molecule"\nstructure = "my.pdb"\n'
 WINDOWS = "low = 0\nhigh = 90\nn_windows = 2\nstiffness = 9\nn_frames = 20\n"
 

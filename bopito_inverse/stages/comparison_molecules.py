@@ -209,14 +209,17 @@ def _correlations(
     report = {}
     for label, function in _waves(made["corrected"].names).items():
         obs = Correlation(function, normalization="variance")
-        compared = unfitted(config, label, lags)
-        own: dict[str, Any] = {"compared_lags": lags[compared].tolist(), "mean_abs_error": {}}
+        own: dict[str, Any] = {}
         values = {}
         for name, x in _with(reference, made).items():
             at = steps if x is not reference else _in_reference(config, x, lags)
             some = x if x is reference else x.first(N_CORRELATED)
             values[name], error = some.correlation(obs, at)
             own |= {name: values[name].tolist(), f"{name}_standard_error": error.tolist()}
+        compared = unfitted(config, label, lags)
+        if reference is not None:
+            compared &= np.isfinite(values["reference"])
+        own |= {"compared_lags": lags[compared].tolist(), "mean_abs_error": {}}
         if reference is not None and compared.any():
             own["mean_abs_error"] = {
                 name: float(np.abs(values[name] - values["reference"])[compared].mean())
@@ -232,7 +235,7 @@ def _timescale(config: Config, reference: Dihedrals | None) -> dict[str, Any] | 
         return None
     lag = int(_in_reference(config, reference, np.array([config.section("step").step_lag]))[0])
     blocks = reference.blocks(shortest=4 * lag)  # for standard errors
-    if not 2 <= lag < max(len(x) for x in blocks.trajectories):
+    if not 2 <= lag <= blocks.longest_lag:
         return None
     topology = config.system.build().topology
     features: list[Observable] = []
@@ -296,6 +299,9 @@ def _draw_ramachandran(
 ) -> dict[str, Any]:
     """Rows of phi and psi at increasing lags after frames near a start; what they show."""
     lags = compared_lags(config)
+    if reference is not None:
+        reached = lags[_in_reference(config, reference, lags) <= reference.longest_lag]
+        lags = reached if len(reached) else lags
     chosen = lags[[k - 1 for k in sorted({1, min(3, len(lags)), len(lags)})]]
     step, frame_time = config.section("step").step_lag, config.system.build().frame_time
     rows = {
@@ -303,7 +309,7 @@ def _draw_ramachandran(
     }
     if reference is not None:
         own = _in_reference(config, reference, chosen)
-        if own[-1] < max(len(x) for x in reference.trajectories):
+        if own[-1] <= reference.longest_lag:
             rows["MD"] = [_after(reference, pair, start, int(k)) for k in own]
     titles = [f"{lag * frame_time:g} ps" for lag in chosen]
     figure = plots.ramachandran_figure(rows, titles, start)

@@ -96,6 +96,14 @@ class Dihedrals:
         return cls(tuple(names), list(torch.from_numpy(stacked)), frame_time, weights)
 
     @property
+    def longest_lag(self) -> int:
+        """The longest lag, in frames, that is not all noise: 4/5 of a trajectory.
+
+        At the length of a trajectory each holds but one pair of frames.
+        """
+        return max(len(x) for x in self.trajectories) * 4 // 5
+
+    @property
     def frame_weights(self) -> Tensor | None:
         """Weight of each frame, (n,), or None for equal ones."""
         return None if self.weights is None else torch.cat(self.weights)
@@ -162,10 +170,10 @@ class Dihedrals:
     def correlation(self, obs: Correlation, lags: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A correlation of functions of angles, with standard errors, each (L,).
 
-        NaN at lags (whole numbers of frames) that no trajectory reaches.
+        NaN at lags (whole numbers of frames) beyond `longest_lag`.
         """
         whole = self.blocks(shortest=4 * int(lags.max()))
-        reached = lags < max(len(block) for block in whole.trajectories)
+        reached = lags <= self.longest_lag
         found = np.full((2, len(lags)), math.nan)
         if reached.any():
             value, error = obs.from_trajectories(
