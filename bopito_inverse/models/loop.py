@@ -104,8 +104,27 @@ class _Keeper(pl.Callback):
         self.every = every
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+        step = trainer.global_step
+        if step % self.every == 0 or step == trainer.max_steps or trainer.should_stop:
             trainer.save_checkpoint(self.path)
+
+
+class _Guard(pl.Callback):
+    """Ends a run whose loss is no longer finite, before the state of it is kept."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *args: Any
+    ) -> None:
+        step = trainer.global_step
+        looks = step % LOG_EVERY == 0 or step % self.every == 0 or step == trainer.max_steps
+        if looks and not math.isfinite(float(outputs["loss"])):
+            raise ValueError(
+                f"the loss is {float(outputs['loss'])} after {step} steps; lower learning_rate, "
+                f"got {module.config.learning_rate:g}"  # type: ignore[union-attr]
+            )
 
 
 class _LossLog(pl.Callback):
@@ -166,10 +185,17 @@ class _Validation(pl.Callback):
         if self.path is not None:
             rows = "".join(f"{step},{loss:.6g}\n" for step, loss in self.history)
             self.path.write_text("step,loss\n" + rows)
+        trainer.should_stop = self._is_over()
+
+    def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """A run that was over is not trained on."""
+        trainer.should_stop = self._is_over()
+
+    def _is_over(self) -> bool:
         losses = [loss for _, loss in self.history]
-        since_best = len(losses) - 1 - losses.index(min(losses))
-        if self.patience is not None and since_best >= self.patience:
-            trainer.should_stop = True
+        if self.patience is None or not losses:
+            return False
+        return len(losses) - 1 - losses.index(min(losses)) >= self.patience
 
 
 class _Bar(pl.Callback):
@@ -235,9 +261,9 @@ def optimise(
     With `patience` it is the one that was best on held-out data.
 
     Raises:
-        ValueError: `folder` holds a run with other `settings`.
+        ValueError: `folder` holds a run with other `settings`, or the loss became infinite or NaN.
     """
-    callbacks: list[pl.Callback] = []
+    callbacks: list[pl.Callback] = [_Guard(config.checkpoint_every)]
     state = None
     validation = None
     if len(losses) > 1:

@@ -152,7 +152,7 @@ def train_equilibrium(
     target = as_device(device)
     data = data.to(target)
     config = config or TrainingConfig()
-    graph = _graph(molecule, data.event_shape)
+    graph = _graph(molecule, data.x)
     score = _build(EquilibriumScore, data, config, graph, seed)
 
     known = [data.x, data.weights]
@@ -240,7 +240,7 @@ def train_ito(
     """
     target = as_device(device)
     config = config or TrainingConfig()
-    graph = _graph(molecule, trajectories.event_shape)
+    graph = _graph(molecule, trajectories.frames)
     score = _build(ITOScore, Frames(trajectories.frames), config, graph, seed)
     return _train_on_pairs(score, trajectories, lag_max, config, seed, target, folder, progress)
 
@@ -304,14 +304,11 @@ def _velocity_loss(
     return (((1 - c) * eps - c * ratio * g - eps_hat) / alpha).square().mean()
 
 
-def _graph(molecule: Molecule | None, event_shape: tuple[int, ...]) -> dict[str, Any] | None:
-    """What a network must know of a molecule, and None where there is none."""
+def _graph(molecule: Molecule | None, frames: Tensor) -> dict[str, Any] | None:
+    """What a network must know of the molecule of the frames, and None where there is none."""
     if molecule is None:
         return None
-    if event_shape != molecule.event_shape:
-        raise ValueError(
-            f"frames of {molecule.name!r} must have shape {molecule.event_shape}, got {event_shape}"
-        )
+    molecule.as_frames("frames", frames[:: max(1, len(frames) // 100)])
     known = ("painn", molecule.atom_types.tolist(), molecule.bonds.tolist())
     return dict(zip(GRAPH, known, strict=True))
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bopito_inverse.arguments import as_count, as_frames, as_generator
+from bopito_inverse.arguments import as_count, as_generator
 from bopito_inverse.datasets import Array
 from bopito_inverse.simulate.biased import BiasedSamples, dihedral_angles
 from bopito_inverse.simulate.enhanced import as_ladder, exchanged, frames_to_simulate
@@ -172,7 +172,7 @@ class _Plan:
         """All arguments checked."""
         n_simulated = frames_to_simulate(n_frames, n_walkers, burn_in, stride)
         first = molecule.positions.repeat(n_walkers, 1, 1) if starts is None else starts
-        x = as_frames("starts", first, molecule.event_shape)
+        x = molecule.as_frames("starts", first)
         if len(x) != n_walkers:
             raise ValueError(
                 f"starts must hold one frame for each of {n_walkers} walkers, got {len(x)}"
@@ -362,6 +362,10 @@ def _as_windows(
         raise ValueError(
             f"centers must be finite and of shape (n_windows, {n_dihedrals}), got shape "
             f"{tuple(c.shape)}"
+        )
+    if c.abs().max() > 2 * math.pi:
+        raise ValueError(
+            f"centers must be in radians, from -2 pi to 2 pi, got {float(c.abs().max()):g}"
         )
     if k.shape not in ((), c.shape) or not (torch.isfinite(k) & (k >= 0)).all():
         raise ValueError(

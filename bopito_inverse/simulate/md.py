@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import torch
 
-from bopito_inverse.arguments import as_count, as_frames, as_generator
+from bopito_inverse.arguments import as_count, as_generator
 from bopito_inverse.datasets import Array, Trajectories, read_npz, write_npz
 from bopito_inverse.fan_out import _bar, _one_thread, fan_out
 from bopito_inverse.systems.molecules import GAS_CONSTANT, Molecule, _platform
@@ -108,7 +108,7 @@ def molecular_dynamics(
     Trajectories(1 trajectories, 3 frames of shape (22, 3), frame_time=0.02, \
 system='alanine dipeptide')
     """
-    x = as_frames("starts", starts, molecule.event_shape).cpu().numpy()
+    x = molecule.as_frames("starts", starts).numpy()
     n_frames = as_count("n_frames", n_frames, minimum=2)
     seed = as_count("seed", seed, 0)
     if minimize not in (True, False, "auto"):

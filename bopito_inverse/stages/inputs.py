@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from bopito_inverse.config import Config
 from bopito_inverse.datasets import TIMED, Frames, LaggedPairs, Trajectories, read_npz, write_npz
@@ -71,7 +72,7 @@ def read_trajectories(config: Config) -> Trajectories:
     """Trajectories of the system."""
     path, system = find(config, "trajectories"), config.system.build()
     trajectories = _read_trajectories(path, system)
-    _refuse_other(config, path, trajectories.system, trajectories.event_shape, system)
+    _refuse_other(config, path, trajectories.system, trajectories.frames, system)
     if not np.isclose(trajectories.frame_time, system.frame_time, rtol=1e-6, atol=0):
         raise ValueError(
             f"{path}: frame_time must be that of {system.name} ({system.frame_time:g}), got "
@@ -106,7 +107,7 @@ def read_starts(config: Config) -> Frames:
         frames = Frames.read(path)
     else:
         frames = Frames(_read_trajectories(path, molecule).frames)
-    _refuse_other(config, path, None, frames.event_shape, molecule)
+    _refuse_other(config, path, None, frames.x, molecule)
     return frames
 
 
@@ -115,7 +116,7 @@ def read_umbrella(config: Config) -> BiasedSamples:
     path = find(config, "umbrella")
     biased = BiasedSamples.read(path)
     system = config.system.build()
-    _refuse_other(config, path, biased.system, tuple(biased.frames.shape[2:]), system)
+    _refuse_other(config, path, biased.system, biased.frames_flat, system)
     if not np.isclose(biased.kT, system.kT):
         raise ValueError(f"{path}: kT must be that of {system.name} ({system.kT}), got {biased.kT}")
     return biased
@@ -126,7 +127,7 @@ def read_frames(config: Config) -> Frames:
     path = find(config, "frames")
     frames = Frames.read(path)
     made_with = str(read_npz(path, ()).get("system", "")) or None
-    _refuse_other(config, path, made_with, frames.event_shape, config.system.build())
+    _refuse_other(config, path, made_with, frames.x, config.system.build())
     return frames
 
 
@@ -150,7 +151,7 @@ def read_model(config: Config) -> Interpolator:
             f"{path} was trained on {system.name} with {trained_on or 'its default arguments'}, "
             f"not with {config.system.arguments or 'its default arguments'}"
         )
-    _refuse_other(config, path, None, score.event_shape, system)
+    _refuse_other_shape(path, score.event_shape, system)
     if isinstance(system, Molecule):
         _refuse_other_graph(path, score, system)
     return Interpolator(score)
@@ -227,7 +228,7 @@ def read_reference(config: Config) -> Dihedrals | None:
         reference = Dihedrals.read(path, names)
     else:
         trajectories = _read_trajectories(path, molecule)
-        _refuse_other(config, path, trajectories.system, trajectories.event_shape, molecule)
+        _refuse_other(config, path, trajectories.system, trajectories.frames, molecule)
         reference = Dihedrals.of(trajectories, molecule.topology)
     if config.step is not None:
         frames = config.step.step_lag * molecule.frame_time / reference.frame_time
@@ -329,13 +330,22 @@ def _refuse_other(
     config: Config,
     path: Path,
     made_with: str | None,
-    event_shape: tuple[int, ...],
+    frames: Tensor,
     system: Potential1D | Molecule,
 ) -> None:
+    """Refuse frames of another system, in another unit or with another order of atoms."""
     if made_with not in (None, system.name):
         raise ValueError(
             f"{path} is of the system {made_with!r}, but that of {config.path} is {system.name!r}"
         )
+    _refuse_other_shape(path, tuple(frames.shape[1:]), system)
+    if isinstance(system, Molecule):
+        system.as_frames(f"{path}: frames", frames)
+
+
+def _refuse_other_shape(
+    path: Path, event_shape: tuple[int, ...], system: Potential1D | Molecule
+) -> None:
     if event_shape != system.event_shape:
         raise ValueError(
             f"{path} must hold frames of shape {system.event_shape}, as {system.name} has, got "

@@ -5,6 +5,7 @@ kJ/mol. Dynamics is Langevin's in the middle scheme (Zhang et al., J. Phys. Chem
 at `temperature`, with the bonds of hydrogen constrained unless said otherwise.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import openmm
 
 GAS_CONSTANT = 0.00831446261815324  # kJ / (mol K)
+MAX_STRETCH = 1.5  # of a bond, by its median over frames
 PROPERTIES = {"CPU": {"Threads": "1", "DeterministicForces": "true"}}  # more: not reproducible
 CONSTRAINTS = {"hbonds": "HBonds", "allbonds": "AllBonds", None: None}
 
@@ -147,6 +149,28 @@ class Molecule:
         """
         return self._evaluate(x, forces=True)[1]
 
+    def as_frames(self, name: str, x: Tensor | np.ndarray | Sequence[Any]) -> Tensor:
+        """Frames (n, n_atoms, 3) of this molecule, nm, on the CPU; `name` appears in errors.
+
+        Raises:
+            ValueError: another shape, NaN or infinite positions, or a fifth of the bonds nowhere
+                near as long as in the structure: another unit, or atoms in another order.
+        """
+        frames = as_frames(name, x, self.event_shape)
+        some = frames[:: max(1, len(frames) // 100)]
+        usual = _bond_lengths(some, self.bonds).median(0).values
+        ratio = usual / _bond_lengths(self.positions[None], self.bonds)[0]
+        off = ratio.log().abs()
+        if len(off) and off.quantile(0.8) > math.log(MAX_STRETCH):
+            worst = int(off.argmax())
+            a, b = (self.topology.atom(int(i)) for i in self.bonds[worst])
+            raise ValueError(
+                f"{name} must be in nm, with the atoms in the order of {self.name!r}: the bond "
+                f"{a} to {b} has a length of {usual[worst]:.3g}, and in the structure of "
+                f"{usual[worst] / ratio[worst]:.3g} nm"
+            )
+        return frames
+
     def _evaluate(self, x: Tensor | np.ndarray, forces: bool) -> tuple[Tensor, Tensor]:
         frames = as_frames("x", x, self.event_shape)
         if self._context is None:
@@ -209,12 +233,18 @@ def _parametrise(topology: Any, force_field: tuple[str, ...], constraints: str |
         return field.createSystem(
             topology.to_openmm(), nonbondedMethod=app.NoCutoff, constraints=kind
         )
-    except ValueError as error:
+    except Exception as error:  # a bare one from the scripts of some force fields
         raise ValueError(
             f"the force field {' + '.join(force_field)} has no parameters for this structure: "
             f"{error} Name another force field, or complete the structure (hydrogens, caps, "
             "terminal atoms) with PDBFixer or `openmm.app.Modeller`"
         ) from error
+
+
+def _bond_lengths(x: Tensor, bonds: np.ndarray) -> Tensor:
+    """Of frames (n, n_atoms, 3), (n, n_bonds)."""
+    a, b = torch.from_numpy(bonds).T
+    return (x[:, a] - x[:, b]).norm(dim=2)
 
 
 def _platform(name: str) -> Any:

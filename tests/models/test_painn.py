@@ -241,9 +241,30 @@ def test_early_stopping_returns_the_best(tmp_path: Path) -> None:
     assert min(losses) not in losses[-3:]
 
 
+def test_a_run_that_stopped_early_is_not_trained_on(tmp_path: Path) -> None:
+    change = {"validation": 0.25, "validate_every": 1, "patience": 1, "learning_rate": 1e-9}
+    config = SHORT.model_copy(update=change | {"warmup": 0, "checkpoint_every": 1, "steps": 400})
+    first = train_equilibrium(frames(), config=config, molecule=ALANINE, folder=tmp_path)
+    log, state = (tmp_path / "validation.csv").read_text(), tmp_path / "last.ckpt"
+    written = state.stat().st_mtime_ns
+    again = train_equilibrium(frames(), config=config, molecule=ALANINE, folder=tmp_path)
+    assert log.count("\n") < 400
+    assert ((tmp_path / "validation.csv").read_text(), state.stat().st_mtime_ns) == (log, written)
+    for a, b in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_diverging_run_says_so(tmp_path: Path) -> None:
+    wild = SHORT.model_copy(update={"steps": 200, "learning_rate": 1e30, "gradient_clip": 1e30})
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) after .* lower learning_rate"):
+        train_equilibrium(frames(), config=wild, molecule=ALANINE, folder=tmp_path)
+
+
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match=r"must have shape \(22, 3\), got \(32, 3\)"):
+    with pytest.raises(ValueError, match=r"frames of shape \(22, 3\), got \(32, 3\)"):
         train_equilibrium(DIALANINE.positions[None].repeat(3, 1, 1), molecule=ALANINE)
+    with pytest.raises(ValueError, match="frames must be in nm, with the atoms in the order of"):
+        train_equilibrium(10 * frames(), molecule=ALANINE)
     with pytest.raises(ValueError, match="forces must be None for 'alanine dipeptide'"):
         train_equilibrium(frames(), config=SHORT, molecule=ALANINE, forces=frames())
     with pytest.raises(ValueError, match="patience needs data to try on"):

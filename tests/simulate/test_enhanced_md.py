@@ -193,11 +193,15 @@ def test_ladders_are_resumed_and_seeded(tmp_path) -> None:
         ({"dihedrals": []}, "indices of four atoms each"),
         ({"centers": [[0.0, 1.0]]}, r"of shape \(n_windows, 1\), got shape \(1, 2\)"),
         ({"centers": [0.0, np.nan]}, "centers must be finite"),
+        ({"centers": [0.0, 60.0]}, "centers must be in radians, .* got 60"),
         ({"stiffness": [1.0, 2.0, 3.0]}, r"one for each of the centres \(2, 1\)"),
         ({"stiffness": -1.0}, "stiffness must not be negative"),
         ({"n_frames": 7}, r"n_frames must be a multiple of n_walkers \(2\), got 7"),
         ({"seed": -1}, "seed must be a whole number of at least 0"),
-        ({"starts": torch.zeros(3, 22, 3)}, "one frame for each of 2 walkers, got 3"),
+        (
+            {"starts": AlanineDipeptide().positions.expand(3, -1, -1)},
+            "one frame for each of 2 walkers, got 3",
+        ),
         ({"starts": torch.zeros(2, 21, 3)}, r"starts must hold frames of shape \(22, 3\)"),
     ],
 )

@@ -127,6 +127,8 @@ def test_bad_molecules_are_refused(alanine: AlanineDipeptide, tmp_path: Path) ->
     loaded.atom_slice(loaded.topology.select("element != H")).save(str(bald))
     with pytest.raises(ValueError, match=r"no parameters .*ACE.* complete the structure \(hydro"):
         Molecule(bald)
+    with pytest.raises(ValueError, match=r"charmm36\.xml has no parameters for this structure"):
+        Molecule(ALANINE, ["charmm36.xml"])
     for field in ("amber1066.xml", str(ALANINE)):
         with pytest.raises(ValueError, match="force_field must name files that OpenMM reads, got"):
             Molecule(ALANINE, [field])
@@ -139,3 +141,14 @@ def test_bad_molecules_are_refused(alanine: AlanineDipeptide, tmp_path: Path) ->
         alanine.context("Abacus")
     with pytest.raises(ValueError, match=r"x must hold frames of shape \(22, 3\), got \(21, 3\)"):
         alanine.energy(torch.zeros(1, 21, 3))
+
+
+def test_frames_of_another_unit_or_order_are_refused(alanine: AlanineDipeptide) -> None:
+    x = alanine.positions.expand(5, -1, -1)
+    assert torch.equal(alanine.as_frames("x", x), x)
+    with pytest.raises(ValueError, match=r"x must be in nm.* ACE1-\S+ to \S+ has .* length of 1\."):
+        alanine.as_frames("x", 10 * x)
+    with pytest.raises(ValueError, match="with the atoms in the order of 'alanine dipeptide'"):
+        alanine.as_frames("x", x.flip(1))
+    noisy = x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    alanine.as_frames("x", noisy[:1])  # as a generative model makes them
