@@ -70,6 +70,8 @@ def log_likelihood(
 ) -> Tensor:
     """Log density of an equilibrium score at given frames, (n,), float64, in data units.
 
+    Of a molecule it is the density in the space of frames with their centroid at zero.
+
     Args:
         s_eq: an `EquilibriumScore`, trained or exact, of few numbers in a frame.
         x: frames (n, *event).
@@ -93,7 +95,7 @@ def log_likelihood(
             y = s_eq.scaling.standardise(part)  # type: ignore[union-attr, operator]
             noised = y * s_eq.noise.alpha(y.new_zeros(()))  # type: ignore[union-attr, operator]
             noise, change = _flow(s_eq, noised, 0.0, 1.0, n_steps)
-            parts.append(_log_normal(noise) - change)
+            parts.append(_log_normal(noise, _dimension(s_eq)) - change)
     return torch.cat(parts) + _log_volume(s_eq)
 
 
@@ -137,7 +139,7 @@ def importance_sample(
             noised, change = _flow(s_eq, noise, 1.0, 0.0, n_steps)
             y = noised / s_eq.noise.alpha(noise.new_zeros(()))  # type: ignore[union-attr, operator]
             x.append(s_eq.scaling.restore(y))  # type: ignore[union-attr, operator]
-            log_q = _log_normal(noise) + change + _log_volume(s_eq)
+            log_q = _log_normal(noise, _dimension(s_eq)) + change + _log_volume(s_eq)
             log_w.append(-_energies(energy, x[-1]).to(log_q.device) - log_q)
     log_weights = torch.cat(log_w)
     highest = log_weights.max()
@@ -194,22 +196,29 @@ def _velocity(s_eq: nn.Module, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     for i in range(x[0].numel()):
         direction = torch.zeros_like(x).flatten(1)
         direction[:, i] = 1.0
-        value, along = torch.func.jvp(v, (x,), (direction.view_as(x),))  # type: ignore[misc]
+        direction = s_eq.scaling.project(direction.view_as(x))  # type: ignore[union-attr, operator]
+        value, along = torch.func.jvp(v, (x,), (direction,))  # type: ignore[misc]
         divergence = divergence + along.flatten(1)[:, i]
     return value, divergence
 
 
-def _log_normal(z: Tensor) -> Tensor:
+def _dimension(s_eq: nn.Module) -> int:
+    """Of the space in which frames live: without their centroid, three less."""
+    shape: tuple[int, ...] = s_eq.event_shape  # type: ignore[assignment]
+    centred: bool = s_eq.scaling.centred  # type: ignore[union-attr, assignment]
+    return math.prod(shape) - (shape[-1] if centred else 0)
+
+
+def _log_normal(z: Tensor, dimension: int) -> Tensor:
     """log N(z; 0, I), (B,), float64."""
-    z = z.double().flatten(1)
-    return -(z.square().sum(1) + z.shape[1] * math.log(2 * math.pi)) / 2
+    return -(z.double().flatten(1).square().sum(1) + dimension * math.log(2 * math.pi)) / 2
 
 
 def _log_volume(s_eq: nn.Module) -> Tensor:
     """Log density in data units less that of the noised frames at t = 0."""
     scale: Tensor = s_eq.scaling.scale.double()  # type: ignore[union-attr, operator, assignment]
     signal = s_eq.noise.alpha(torch.zeros_like(scale))  # type: ignore[union-attr, operator]
-    return math.prod(s_eq.event_shape) * (signal / scale).log()  # type: ignore[arg-type]
+    return _dimension(s_eq) * (signal / scale).log()
 
 
 def _energies(energy: Callable[[Tensor], Array], x: Tensor) -> Tensor:

@@ -58,6 +58,34 @@ def test_density_is_that_of_the_closed_form() -> None:
     torch.testing.assert_close(log_likelihood(GAUSSIAN, x), truth, atol=5e-3, rtol=0)
 
 
+class CentredGaussian(Gaussian):
+    """Exact score of three atoms whose positions are N(0, 0.3), less their centroid."""
+
+    event_shape = (3, 3)
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+        self.noise = VPSchedule()
+        self.scaling = Scaling(0.0, 0.2, centred=True)
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        alpha, sigma = self.noise.alpha(t), self.noise.sigma(t)
+        return sigma * x_t / (1.5**2 * alpha**2 + sigma**2)
+
+
+def test_density_of_centred_frames_is_that_in_their_space() -> None:
+    x = 0.3 * torch.randn(50, 3, 3, generator=torch.Generator().manual_seed(0))
+    x = x - x.mean(1, keepdim=True)
+    width = math.hypot(0.3, 0.2 * math.exp(-4))  # with the noise at t = 0, in six dimensions
+    truth = -x.double().square().sum((1, 2)) / 2 / width**2 - 6 * math.log(width)
+    truth -= 3 * math.log(2 * math.pi)
+    score = CentredGaussian()
+    torch.testing.assert_close(log_likelihood(score, x), truth, atol=5e-3, rtol=0)
+    flat = importance_sample(score, lambda x: torch.zeros(len(x)), 500, min_ess=1)
+    log_w = flat.weights.log() + log_likelihood(score, flat.x)
+    assert float(log_w.std()) < 1e-3
+
+
 def test_density_is_that_of_the_exact_operator() -> None:
     log_q = log_likelihood(S_EQ, EXACT.grid[:, None])
     q = log_q.exp().numpy()
