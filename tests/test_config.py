@@ -78,7 +78,9 @@ def test_every_section_is_read(tmp_path: Path) -> None:
     assert config.section("simulate.umbrella").n_walkers == 20
     train = config.section("train")
     assert (train.equilibrium.steps, train.dynamic.network.width) == (7, 16)
-    assert train.equilibrium.batch_size == 4096
+    for of_molecule, found in ((False, (4096, 4.0)), (True, (128, 5.0))):
+        complete = train.equilibrium.completed(of_molecule)
+        assert (complete.batch_size, complete.noise_start) == found
     assert config.section("step").relax == (10.0, 5.0)
     assert config.sample.n_int == math.inf
     assert config.fit.build_prior().distribution.mean() == stats.lognorm(s=1, scale=100).mean()

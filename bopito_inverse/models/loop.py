@@ -29,6 +29,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
@@ -261,7 +262,8 @@ def optimise(
     With `patience` it is the one that was best on held-out data.
 
     Raises:
-        ValueError: `folder` holds a run with other `settings`, or the loss became infinite or NaN.
+        ValueError: `folder` holds a run with other `settings`, the loss became infinite or NaN, or
+            there is no compiler for `compile`.
     """
     callbacks: list[pl.Callback] = [_Guard(config.checkpoint_every)]
     state = None
@@ -295,7 +297,11 @@ def optimise(
             enable_checkpointing=False,
             enable_model_summary=False,
         )
-        trainer.fit(training, ckpt_path=state if state is not None and state.exists() else None)
+        try:
+            trainer.fit(training, ckpt_path=state if state is not None and state.exists() else None)
+        except BackendCompilerFailed as error:
+            what = str(error).splitlines()[0]
+            raise ValueError(f"compile must be false where torch.compile fails: {what}") from error
     made = training.average.module.cpu().eval().requires_grad_(False)
     if validation is not None and config.patience is not None:
         made.load_state_dict(validation.best)

@@ -47,7 +47,7 @@ class NetworkConfig(BaseModel):
     """Size of a network: `width`, `depth`, Fourier frequencies per input, radial functions.
 
     Width and depth are 128 and 3 by default, of molecules 64 and 5; only these have radial
-    functions.
+    functions. By default the s_dyn of a molecule has the size of its s_eq.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,13 +57,15 @@ class NetworkConfig(BaseModel):
     n_frequencies: int = Field(default=8, ge=1)
     n_radial: int = Field(default=8, ge=2)
 
-    def arguments(self, graph: dict[str, Any] | None) -> dict[str, Any]:
-        """What `scores` takes for a network; `graph` is that of a molecule (see `_graph`)."""
+    def arguments(self, like: dict[str, Any] | None) -> dict[str, Any]:
+        """What `scores` takes for a network; `like` is the graph of a molecule (see `_graph`),
+        and may have sizes that are taken where none are given.
+        """
         given = self.model_dump(exclude_none=True)
-        if graph is None:
+        if like is None:
             del given["n_radial"]
             return given
-        return given | graph
+        return given | like | self.model_dump(exclude_unset=True, exclude_none=True)
 
 
 class TrainingConfig(BaseModel):
@@ -71,8 +73,8 @@ class TrainingConfig(BaseModel):
 
     The learning rate warms up over `warmup` steps and then falls to zero as a cosine; the moving
     average starts as a plain average, so that it forgets the first steps. `noise_start` is
-    log(alpha / sigma) at t = 0: details finer than exp(-noise_start) scales are not resolved. The
-    bonds of a molecule need 5.
+    log(alpha / sigma) at t = 0: details finer than exp(-noise_start) scales are not resolved. By
+    default it is 4, and the batch size 4096; of molecules 5, as their bonds need, and 128.
 
     With `validation`, that share of the data (of frames, or of whole trajectories) is held out, and
     the moving average is tried on it every `validate_every` steps. With `patience`, training ends
@@ -88,13 +90,13 @@ class TrainingConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int = Field(default=4000, ge=1)
-    batch_size: int = Field(default=4096, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
     warmup: int = Field(default=100, ge=0)
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     gradient_clip: float = Field(default=1.0, gt=0)
     lag_sampling: LagSampling = "log_uniform"
-    noise_start: float = Field(default=4.0, gt=0)
+    noise_start: float | None = Field(default=None, gt=0)
     validation: float = Field(default=0.0, ge=0, lt=1)
     validate_every: int = Field(default=500, ge=1)
     patience: int | None = Field(default=None, ge=1)
@@ -108,6 +110,14 @@ class TrainingConfig(BaseModel):
         if self.patience is not None and self.validation == 0:
             raise ValueError("patience needs data to try on: give validation a share above zero")
         return self
+
+    def completed(self, of_molecule: bool) -> "TrainingConfig":
+        """With the defaults that depend on what is trained."""
+        own = {"batch_size": 128, "noise_start": 5.0}
+        if not of_molecule:
+            own = {"batch_size": 4096, "noise_start": 4.0}
+        missing = {key: value for key, value in own.items() if getattr(self, key) is None}
+        return self.model_copy(update=missing)
 
 
 def train_equilibrium(
@@ -151,7 +161,7 @@ def train_equilibrium(
         data = Frames(as_frames("frames", frames), weights)
     target = as_device(device)
     data = data.to(target)
-    config = config or TrainingConfig()
+    config = (config or TrainingConfig()).completed(molecule is not None)
     graph = _graph(molecule, data.x)
     score = _build(EquilibriumScore, data, config, graph, seed)
 
@@ -171,7 +181,7 @@ def train_equilibrium(
 
     def loss_on(part: Frames, own: Tensor) -> Loss:
         def loss(score: nn.Module, generator: torch.Generator) -> Tensor:
-            drawn = part.draw(config.batch_size, generator)
+            drawn = part.draw(config.batch_size, generator)  # type: ignore[arg-type]
             force = None if forces is None else (g[own[drawn]], stiffness)
             return _velocity_loss(score, part.x[drawn], (), generator, force)
 
@@ -198,7 +208,7 @@ def train_bopito(
     Of a molecule, s_dyn starts from the layers of s_eq where both networks have the same width, and
     then learns in some hundred steps to read x_0. Without that start it first has to find out what
     a molecule is, from the little that s_eq leaves unexplained, which took more than 6,000 steps
-    for alanine dipeptide: give both the same width.
+    for alanine dipeptide: leave the width to its default, that of s_eq.
 
     Args:
         trajectories: the dynamics, biased or not.
@@ -217,7 +227,8 @@ def train_bopito(
             f"trajectories must hold frames of shape {s_eq.event_shape}, as s_eq does, "
             f"got {trajectories.event_shape}"
         )
-    config = config or TrainingConfig()
+    of_molecule = isinstance(getattr(s_eq, "network", None), PaiNN)
+    config = (config or TrainingConfig()).completed(of_molecule)
     s_dyn = _build_like(s_eq, config, seed)
     frozen = copy.deepcopy(s_eq).requires_grad_(False)
     bopito = BoPITOScore(frozen, s_dyn, lambda_hat, lag_max)
@@ -239,7 +250,7 @@ def train_ito(
     Arguments and errors are those of `train_bopito`, and `molecule` of `train_equilibrium`.
     """
     target = as_device(device)
-    config = config or TrainingConfig()
+    config = (config or TrainingConfig()).completed(molecule is not None)
     graph = _graph(molecule, trajectories.frames)
     score = _build(ITOScore, Frames(trajectories.frames), config, graph, seed)
     return _train_on_pairs(score, trajectories, lag_max, config, seed, target, folder, progress)
@@ -262,7 +273,7 @@ def _train_on_pairs(
         pairs = LaggedPairs(part, lag_max, config.lag_sampling)
 
         def loss(score: nn.Module, generator: torch.Generator) -> Tensor:
-            x_0, x, lag = pairs.sample(config.batch_size, generator)
+            x_0, x, lag = pairs.sample(config.batch_size, generator)  # type: ignore[arg-type]
             x_0 = score.scaling.standardise(x_0)  # type: ignore[union-attr, operator]
             return _velocity_loss(score, x, (x_0, lag), generator)
 
@@ -317,7 +328,7 @@ def _build(
     kind: type, data: Frames, config: TrainingConfig, graph: dict[str, Any] | None, seed: int
 ) -> Any:
     """A score with initial parameters drawn from `seed`, and the distances of the frames."""
-    noise = VPSchedule(start=config.noise_start)
+    noise = VPSchedule(start=config.noise_start)  # type: ignore[arg-type]
     scaling = _scaling_of(data, centred=graph is not None)
     score = _drawn(kind, data.event_shape, config.network.arguments(graph), noise, scaling, seed)
     if isinstance(score.network, PaiNN):
@@ -329,8 +340,10 @@ def _build_like(s_eq: EquilibriumScore, config: TrainingConfig, seed: int) -> Dy
     """A dynamic score of the same diffusion and molecule as `s_eq`, which may be exact."""
     own: Any = getattr(s_eq, "network", None)
     known = isinstance(own, PaiNN)
-    graph = {key: own.config()[key] for key in GRAPH} if known else None
-    arguments = config.network.arguments(graph)
+    like = (
+        {key: own.config()[key] for key in (*GRAPH, *NetworkConfig.model_fields)} if known else None
+    )
+    arguments = config.network.arguments(like)
     score = _drawn(DynamicScore, s_eq.event_shape, arguments, s_eq.noise, s_eq.scaling, seed)
     if known:
         score.network.start_from(own)

@@ -254,6 +254,26 @@ def test_a_run_that_stopped_early_is_not_trained_on(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # of torch's own compiler
+def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    config = SHORT.model_copy(update={"compile": True, "batch_size": 7})
+    with pytest.raises(ValueError, match="compile must be false where"):
+        train_equilibrium(frames(), config=config, molecule=ALANINE)
+
+
+def test_s_dyn_has_the_size_of_s_eq_and_molecules_their_defaults() -> None:
+    s_eq = train_equilibrium(
+        frames(), config=TrainingConfig(steps=1, network=SIZE), molecule=ALANINE
+    )
+    assert s_eq.noise.start == 5.0
+    data = Trajectories(frames()[None], frame_time=1.0)
+    bopito = train_bopito(data, s_eq, 2, 0.9, config=TrainingConfig(steps=1))
+    sizes = bopito.s_dyn.network.config()
+    assert (sizes["width"], sizes["depth"], sizes["n_radial"]) == (8, 2, 4)
+
+
 def test_a_diverging_run_says_so(tmp_path: Path) -> None:
     wild = SHORT.model_copy(update={"steps": 200, "learning_rate": 1e30, "gradient_clip": 1e30})
     with pytest.raises(ValueError, match=r"the loss is (nan|inf) after .* lower learning_rate"):
