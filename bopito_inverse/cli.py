@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -107,7 +108,7 @@ def check(run_file: RunFile, device: Device = None, output: Output = None) -> No
     table.add_column("found", overflow="fold")
     table.add_column("where", overflow="fold", style="dim")
     for what, where, found in stages.inspect(config):
-        table.add_row(what, found, where)
+        table.add_row(what, escape(found), escape(where))
     Console().print(table)
 
 

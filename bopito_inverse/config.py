@@ -569,6 +569,15 @@ class MoleculeConfig(Config):
     simulate: MoleculeSimulateSection | None = None  # type: ignore[assignment]
     data: MoleculeDataSection = MoleculeDataSection()
 
+    @model_validator(mode="after")
+    def _forces_are_known(self) -> "MoleculeConfig":
+        if self.train is not None and self.train.forces and self.system.constraints != "none":
+            raise ValueError(
+                "train.forces must be false for a molecule with constraints, along which the force "
+                'field has no force; [system] name = "Molecule" with constraints = "none" has none'
+            )
+        return self
+
 
 def _parse(path: Path) -> dict[str, Any]:
     try:

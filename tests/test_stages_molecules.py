@@ -332,10 +332,44 @@ def test_windows_go_evenly_round_a_whole_circle(tmp_path: Path) -> None:
         (MINE + '[observable]\na = ["phi1", "phi1"]', ["observable.a must hold different names"]),
         (MINE + '[observable]\na = ["phi1", "psi1"]\nb = "phi2"', ["b and name go with a single"]),
         (MINE + "[data]\nreferense = 'x'", ["did you mean data.reference?"]),
+        (
+            MINE + "[train]\nlag_max = 2\nlambda_hat = 0.9\nforces = true",
+            ["train.forces must be false for a molecule with constraints"],
+        ),
     ],
 )
 def test_bad_run_files_are_refused(tmp_path: Path, text: str, words: list[str]) -> None:
     refused(words, "check", read(tmp_path, text))
+
+
+def test_check_says_what_a_part_of_a_run_file_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    frames = AlanineDipeptide().positions.repeat(1, 5, 1, 1)
+    topology = AlanineDipeptide().topology
+    for file in ("mine.dcd", "mine.xtc"):
+        Trajectories(frames, 1.0).write(tmp_path / file, topology)
+    ours = '[system]\nname = "AlanineDipeptide"\n'
+    run_file = read(tmp_path, ours)
+    code, out, _ = invoke("check", run_file)
+    words = " ".join(out.split())
+    assert code == 0
+    for found in (
+        "not yet, needs [simulate] n_trajectories and n_frames",
+        "not yet, needs [simulate.umbrella] or [simulate.tempering]",
+        "not yet, needs [train]",
+        "needs the section [simulate]",
+        "needs the section [step]",
+    ):
+        assert found in words
+    refused(
+        ["[simulate.umbrella] or", "[data] umbrella a file, must be given"], "reweight", run_file
+    )
+    for file, told in (("mine.dcd", True), ("mine.xtc", False)):
+        data = f'[data]\ntrajectories = "{file}"\nreference = "{file}"\n'
+        code, out, _ = invoke("check", read(tmp_path, ours + data))
+        assert " ".join(out.split()).count("the format holds no times") == 2 * told
 
 
 def test_keys_of_molecules_are_refused_elsewhere(tmp_path: Path) -> None:
@@ -425,6 +459,9 @@ def test_trajectories_at_another_time_step_are_refused(tmp_path: Path) -> None:
     refused(words, "check", read(tmp_path, text))
     Trajectories(torch.zeros(1, 5, 21, 3), 1.0).write(tmp_path / "mine.npz")
     words = ["mine.npz must hold frames of shape (22, 3), as alanine dipeptide has, got (21, 3)"]
+    refused(words, "check", read(tmp_path, text.replace("xtc", "npz")))
+    Trajectories(10 * molecule.positions.repeat(1, 5, 1, 1), 1.0).write(tmp_path / "mine.npz")
+    words = ["mine.npz: frames must be in nm", "has a length of 1", "in the structure of 0.1"]
     refused(words, "check", read(tmp_path, text.replace("xtc", "npz")))
 
 

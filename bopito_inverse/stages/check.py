@@ -1,13 +1,14 @@
 """A look at everything that a run would read, and how far it is, without computing anything."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from bopito_inverse.config import Config
 from bopito_inverse.models import checkpoint
 from bopito_inverse.stages import inputs
 from bopito_inverse.stages.simulation import dihedral_atoms
-from bopito_inverse.stages.verbs import job, needed
+from bopito_inverse.stages.verbs import SECTIONS, job, needed
 
 Row = tuple[str, str, str]
 
@@ -30,7 +31,9 @@ def inspect(config: Config) -> list[Row]:
         if getattr(config.data, name) is not None or inputs.is_there(path):
             rows.append((name, str(inputs.find(config, name)), look(config)))
         else:
-            rows.append((name, str(path), f"not yet, `{inputs.PRODUCTS[name][0]}` makes it"))
+            lacking = inputs.lacks(config, name)
+            found = f"needs {lacking}" if lacking else f"`{inputs.PRODUCTS[name][0]}` makes it"
+            rows.append((name, str(path), f"not yet, {found}"))
     if config.system.is_molecule:
         rows += _molecule(config)
     if config.experiment is not None:
@@ -47,7 +50,15 @@ def _trajectories(config: Config) -> str:
     data = read(config)
     shortest, longest = int(data.lengths.min()), int(data.lengths.max())
     length = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
-    return f"{len(data)} of {length} frames, each of shape {data.event_shape}"
+    found = f"{len(data)} of {length} frames, each of shape {data.event_shape}"
+    return found + _assumed(config, inputs.path_of(config, "trajectories"))
+
+
+def _assumed(config: Config, path: Path) -> str:
+    """What must be taken on trust of a format that holds no times."""
+    if inputs.is_timed(path):
+        return ""
+    return f", taken to be {config.system.build().frame_time:g} ps apart: the format holds no times"
 
 
 def _umbrella(config: Config) -> str:
@@ -89,10 +100,11 @@ def _molecule(config: Config) -> list[Row]:
             rows.append(("starts", str(config.simulate.starts), found))
     if (reference := inputs.read_reference(config)) is not None:
         n_frames = sum(len(x) for x in reference.trajectories)
+        path = Path(str(inputs.find_named(config, "data.reference")))
         found = (
             f"{', '.join(reference.names)} of {n_frames} frames, {reference.frame_time:g} ps each"
         )
-        rows.append(("reference", str(inputs.find_named(config, "data.reference")), found))
+        rows.append(("reference", str(path), found + _assumed(config, path)))
     return rows
 
 
@@ -109,6 +121,9 @@ def _step(config: Config) -> str:
 
 def _state(config: Config, verb: str) -> str:
     """How far a verb is."""
+    missing = [name for name in SECTIONS[verb] if getattr(config, name) is None]
+    if missing:
+        return f"needs the section [{missing[0]}]"
     try:
         state = job(config, verb).state()
     except FileNotFoundError:

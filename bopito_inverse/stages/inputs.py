@@ -61,11 +61,26 @@ def find(config: Config, name: str) -> Path:
         return path
     if getattr(config.data, name) is not None:
         raise FileNotFoundError(f"{config.path}: data.{name}: there is no file {path}")
+    if lacking := lacks(config, name):
+        raise FileNotFoundError(f"{config.path}: {lacking}, or [data] {name} a file, must be given")
     verb = PRODUCTS[name][0]
     raise FileNotFoundError(
         f"{path} does not exist yet; `bopito-inverse {verb} {config.path}` makes it, or [data] "
         f"{name} names a file to be used instead"
     )
+
+
+def lacks(config: Config, name: str) -> str | None:
+    """What the run file must hold before a verb makes this input, if it does not."""
+    section = config.simulate
+    if name == "trajectories" and getattr(section, "n_trajectories", None) is None:
+        return "[simulate] n_trajectories and n_frames"
+    windows = [getattr(section, kind, None) for kind in ("umbrella", "tempering")]
+    if name == "umbrella" and not any(windows):
+        return "[simulate.umbrella] or [simulate.tempering]"
+    if name == "checkpoint" and config.train is None:
+        return "[train]"
+    return None
 
 
 def read_trajectories(config: Config) -> Trajectories:
@@ -93,9 +108,13 @@ def _read_trajectories(path: Path, system: Potential1D | Molecule) -> Trajectori
     """Trajectories, in any format that mdtraj reads where they are of a molecule."""
     if isinstance(system, Potential1D):
         return Trajectories.read(path)
+    return Trajectories.read(path, system.topology, None if is_timed(path) else system.frame_time)
+
+
+def is_timed(path: Path) -> bool:
+    """Whether trajectories hold times; where they do not, those of the system are taken."""
     first = next(path.glob("trajectory_*"), path) if path.is_dir() else path
-    timed = first.suffix in (*TIMED, ".npz")
-    return Trajectories.read(path, system.topology, None if timed else system.frame_time)
+    return first.suffix in (*TIMED, ".npz")
 
 
 def read_starts(config: Config) -> Frames:
