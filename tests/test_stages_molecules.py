@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import mdtraj
@@ -463,6 +464,15 @@ def test_trajectories_at_another_time_step_are_refused(tmp_path: Path) -> None:
     Trajectories(10 * molecule.positions.repeat(1, 5, 1, 1), 1.0).write(tmp_path / "mine.npz")
     words = ["mine.npz: frames must be in nm", "has a length of 1", "in the structure of 0.1"]
     refused(words, "check", read(tmp_path, text.replace("xtc", "npz")))
+
+
+def test_a_format_whose_package_is_missing_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tables", None)
+    (tmp_path / "mine.h5").write_bytes(b"something")
+    text = '[system]\nname = "AlanineDipeptide"\n[data]\ntrajectories = "mine.h5"\n'
+    refused(["mine.h5 needs the package tables"], "check", read(tmp_path, text))
 
 
 def test_a_movie_is_smooth() -> None:

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,19 @@ def _read_trajectories(path: Path, system: Potential1D | Molecule) -> Trajectori
     """Trajectories, in any format that mdtraj reads where they are of a molecule."""
     if isinstance(system, Potential1D):
         return Trajectories.read(path)
+    if _suffix(path) in (".h5", ".hdf5") and find_spec("tables") is None:
+        raise ValueError(f"{path} needs the package tables: `pip install tables`")
     return Trajectories.read(path, system.topology, None if is_timed(path) else system.frame_time)
 
 
 def is_timed(path: Path) -> bool:
     """Whether trajectories hold times; where they do not, those of the system are taken."""
-    first = next(path.glob("trajectory_*"), path) if path.is_dir() else path
-    return first.suffix in (*TIMED, ".npz")
+    return _suffix(path) in (*TIMED, ".npz")
+
+
+def _suffix(path: Path) -> str:
+    """That of a file, or of the trajectories in a folder."""
+    return (next(path.glob("trajectory_*"), path) if path.is_dir() else path).suffix
 
 
 def read_starts(config: Config) -> Frames:
