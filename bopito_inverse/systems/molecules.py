@@ -48,8 +48,9 @@ class Molecule:
         positions: (n_atoms, 3), nm, float32.
         kT: kJ/mol.
         bonds: (n_bonds, 2), indices of atoms.
-        atom_types: (n_atoms,), whole numbers from zero; atoms that the bonded graph cannot tell
-            apart (the hydrogens of a methyl group) have one type.
+        atom_types: (n_atoms,), whole numbers from zero; atoms that neither the bonded graph nor the
+            handedness of the structure tells apart (the hydrogens of a methyl group, but not those
+            of a methylene group) have one type.
 
     Raises:
         FileNotFoundError: there is no such structure.
@@ -90,7 +91,7 @@ class Molecule:
         self.event_shape = tuple(self.positions.shape)
         bonds = [[a.index, b.index] for a, b in self.topology.bonds]
         self.bonds = np.array(bonds, dtype=int).reshape(-1, 2)
-        self.atom_types = _atom_types(self.topology, self.bonds)
+        self.atom_types = _atom_types(self.topology, self.bonds, self.positions.double().numpy())
         self.system = _parametrise(self.topology, self.force_field, CONSTRAINTS[constraints])
         self._context: Any = None
 
@@ -258,13 +259,20 @@ def _platform(name: str) -> Any:
     return openmm.Platform.getPlatformByName(name)
 
 
-def _atom_types(topology: Any, bonds: np.ndarray) -> np.ndarray:
-    """Colours of the bonded graph, refined by those of neighbours until nothing changes."""
-    colours = [atom.element.atomic_number for atom in topology.atoms]
-    neighbours: list[list[int]] = [[] for _ in colours]
+def _atom_types(topology: Any, bonds: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Kinds of atoms by the bonded graph and by the handedness of positions x (n_atoms, 3)."""
+    neighbours: list[list[int]] = [[] for _ in x]
     for a, b in bonds:
         neighbours[a].append(b)
         neighbours[b].append(a)
+    colours = _refined([atom.element.atomic_number for atom in topology.atoms], neighbours)
+    while (split := _refined(_handed(colours, neighbours, x), neighbours)) != colours:
+        colours = split
+    return np.array(colours)
+
+
+def _refined(colours: list[int], neighbours: list[list[int]]) -> list[int]:
+    """Colours told apart by those of neighbours until nothing changes, numbered from zero."""
     while True:
         seen = [
             (colour, tuple(sorted(colours[j] for j in own)))
@@ -273,5 +281,26 @@ def _atom_types(topology: Any, bonds: np.ndarray) -> np.ndarray:
         number = {kind: i for i, kind in enumerate(sorted(set(seen)))}
         refined = [number[kind] for kind in seen]
         if len(number) == len(set(colours)):
-            return np.array(refined)
+            return refined
         colours = refined
+
+
+def _handed(colours: list[int], neighbours: list[list[int]], x: np.ndarray) -> list[int]:
+    """Two colours for a pair of one colour, at an atom with two other neighbours of two more.
+
+    Seen from one of the pair the other three neighbours go round to the right, from the other one
+    to the left, and that stays so: no dynamics exchanges the hydrogens of a methylene group, as it
+    does those of a methyl group.
+    """
+    made = [2 * colour for colour in colours]
+    for centre, own in enumerate(neighbours):
+        if len(own) != 4 or len({colours[j] for j in own}) != 3:
+            continue
+        single = sorted(
+            (j for j in own if sum(colours[k] == colours[j] for k in own) == 1),
+            key=lambda j: colours[j],
+        )
+        i, j = set(own) - set(single)
+        to = x[single] - x[centre]
+        made[i if np.linalg.det([x[i] - x[j], *to]) > 0 else j] += 1
+    return made

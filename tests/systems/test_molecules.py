@@ -8,9 +8,11 @@ import openmm
 import pytest
 import torch
 from openmm import app
+from scipy.spatial.transform import Rotation
 
 from bopito_inverse.shipped import shipped_data
 from bopito_inverse.systems import AlanineDipeptide, Molecule
+from bopito_inverse.systems.molecules import _atom_types
 
 DIALANINE = shipped_data("ala2") / "dialanine.pdb"
 ALANINE = shipped_data("ala2") / "alanine_dipeptide.pdb"
@@ -43,6 +45,28 @@ def test_atom_types_of_another_molecule() -> None:
     heavy = [name for name in kind if "-H" not in name]
     assert len(heavy) == 15
     assert len({kind[name] for name in heavy}) == 15  # two residues, and yet none are equal
+
+
+def test_atom_types_tell_the_hands_of_a_pair_apart() -> None:
+    """Isobutanol, (CH3)2-CH-CH2-OH: the methyls and the hydrogens of CH2 are pairs."""
+    elements = "CCCCOHHHHHHHHHH"
+    bonds = [(0, 2), (1, 2), (2, 3), (3, 4), (4, 14), (2, 11), (3, 12), (3, 13)]
+    bonds += [(0, i) for i in (5, 6, 7)] + [(1, i) for i in (8, 9, 10)]
+    topology = mdtraj.Topology()
+    residue = topology.add_residue("IBU", topology.add_chain())
+    for element in elements:
+        topology.add_atom(element, mdtraj.element.get_by_symbol(element), residue)
+    x = np.random.default_rng(0).normal(size=(15, 3))
+    kind = _atom_types(topology, np.array(bonds), x)
+    groups = [{i for i in range(15) if kind[i] == k} for k in set(kind)]
+    assert len(groups) == 11
+    assert {5, 6, 7} in groups
+    assert {8, 9, 10} in groups
+    turned = Rotation.from_euler("xyz", [1, 2, 3]).apply(x)
+    assert np.array_equal(_atom_types(topology, np.array(bonds), turned), kind)
+    mirrored = _atom_types(topology, np.array(bonds), -x)
+    order = [1, 0, 2, 3, 4, 8, 9, 10, 5, 6, 7, 11, 13, 12, 14]
+    assert np.array_equal(mirrored, kind[order])
 
 
 def test_energy_and_force_are_those_of_openmm(alanine: AlanineDipeptide) -> None:
