@@ -100,7 +100,7 @@ def _molecule(config: Config) -> list[Row]:
             rows.append(("starts", str(config.simulate.starts), found))
     if (reference := inputs.read_reference(config)) is not None:
         n_frames = sum(len(x) for x in reference.trajectories)
-        path = Path(str(inputs.find_named(config, "data.reference")))
+        path: Path = config.data.reference  # type: ignore[attr-defined]
         found = (
             f"{', '.join(reference.names)} of {n_frames} frames, {reference.frame_time:g} ps each"
         )

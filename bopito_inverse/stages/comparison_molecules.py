@@ -216,16 +216,15 @@ def _correlations(
             some = x if x is reference else x.first(N_CORRELATED)
             values[name], error = some.correlation(obs, at)
             own |= {name: values[name].tolist(), f"{name}_standard_error": error.tolist()}
-        compared = unfitted(config, label, lags)
+        compared, errors = unfitted(config, label, lags), {}
         if reference is not None:
             compared &= np.isfinite(values["reference"])
-        own |= {"compared_lags": lags[compared].tolist(), "mean_abs_error": {}}
         if reference is not None and compared.any():
-            own["mean_abs_error"] = {
+            errors = {
                 name: float(np.abs(values[name] - values["reference"])[compared].mean())
                 for name in made
             }
-        report[label] = own
+        report[label] = own | {"compared_lags": lags[compared].tolist(), "mean_abs_error": errors}
     return report
 
 

@@ -1,6 +1,6 @@
 """Corrected kinetics of alanine dipeptide against unbiased MD.
 
-    python tests/benchmarks/bench_ala2_kinetics.py [--replicas 1024]
+    python tests/benchmarks/bench_ala2_kinetics.py [--replicas 2048]     (an hour of one core)
 
 The model was trained on trajectories of 200 ps, none of which crosses the barrier of phi. N_int is
 fitted to the correlation functions of sin(phi) and cos(phi) of MD. Compared with MD: the slowest
@@ -37,7 +37,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 def main() -> None:
     """Fit, compare, draw and keep."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--replicas", type=int, default=1024)
+    parser.add_argument("--replicas", type=int, default=2048)
     parser.add_argument("--evaluations", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
