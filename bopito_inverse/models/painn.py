@@ -39,7 +39,7 @@ from torch.nn.functional import layer_norm, silu
 from bopito_inverse.models.networks import Fourier
 
 CLEAN_WIDTH = 0.02  # least width of a distance in a frame without noise, in scales
-CPU_BATCH = 32  # frames whose features stay in the cache
+FRAMES_AT_ONCE = {"cpu": 32, "cuda": 4096}  # that stay in the cache; that memory surely holds
 READER_DEPTH = 2
 RECOMPILE_LIMIT = 64  # kinds of layers, of parts of a batch, and of derivatives, in one process
 
@@ -164,7 +164,7 @@ class PaiNN(nn.Module):
 
     def context(self, x_0: Tensor, lag: Tensor) -> Tensor:
         """What (x_0, lag) contribute, shape (B, n_atoms, depth * width)."""
-        if (parts := _cached_parts(x_0)) is not None:
+        if (parts := _parts(x_0)) is not None:
             given = zip(parts, _split_like(lag, parts), strict=True)
             return torch.cat([self.context(*part) for part in given])
         log_lag = self.log_lag(lag.to(x_0.dtype).log().reshape(-1, 1))
@@ -174,7 +174,7 @@ class PaiNN(nn.Module):
 
     def forward(self, x_t: Tensor, log_ratio: Tensor, context: Tensor | None = None) -> Tensor:
         """Output shaped like `x_t` (B, n_atoms, 3), for `log_ratio` of shape () or (B,)."""
-        if (parts := _cached_parts(x_t)) is not None:
+        if (parts := _parts(x_t)) is not None:
             rest = (_split_like(value, parts) for value in (log_ratio, context))
             return torch.cat([self(*part) for part in zip(parts, *rest, strict=True)])
         times = self.time(log_ratio.reshape(-1, 1))
@@ -306,9 +306,10 @@ def _pair_kinds(atom_types: Sequence[int], bonds: Sequence[Sequence[int]]) -> Te
     return torch.tensor(numbers).view(n, n)
 
 
-def _cached_parts(x: Tensor) -> tuple[Tensor, ...] | None:
-    """Parts of a batch that fit the cache of a CPU, or None where it fits as it is."""
-    return x.split(CPU_BATCH) if x.device.type == "cpu" and len(x) > CPU_BATCH else None
+def _parts(x: Tensor) -> tuple[Tensor, ...] | None:
+    """Parts of a batch that are worked on one after the other, or None where it is small."""
+    limit = FRAMES_AT_ONCE.get(x.device.type, len(x))
+    return x.split(limit) if len(x) > limit else None
 
 
 def _split_like(value: Tensor | None, parts: Sequence[Tensor]) -> Sequence[Any]:

@@ -6,7 +6,8 @@
     reference   reference.npz              angles along unbiased MD, in batches, to 1 microsecond
     experiment  experiment.csv, held_out.csv    correlation functions of the reference
     frames      frames.npz                 equilibrium frames with weights, a part of those learned
-    train       equilibrium.safetensors, bopito.safetensors
+    equilibrium equilibrium.safetensors
+    dynamic     bopito.safetensors
 
 The work is done under results/ala2 and resumes there after a kill. On two cores, of which a step of
 MD takes some 20 us, the stages take about 15 minutes, 5 minutes, 1 hour and 15 minutes, seconds,
@@ -212,15 +213,15 @@ def from_both_sides(
 
 def frames(molecule: bi.systems.Molecule) -> None:
     """Every fourth of the frames that s_eq learns from."""
-    learned = equilibrium(molecule)
+    learned = equilibrium_frames(molecule)
     print(learned)
     learned.take(torch.arange(0, len(learned), 4)).write(HERE / "frames.npz")
 
 
-def train(molecule: bi.systems.Molecule) -> None:
-    """Both scores."""
+def equilibrium(molecule: bi.systems.Molecule) -> None:
+    """The score s_eq."""
     s_eq = bi.models.train_equilibrium(
-        equilibrium(molecule),
+        equilibrium_frames(molecule),
         config=EQUILIBRIUM,
         seed=SEED,
         folder=WORK / "equilibrium",
@@ -229,9 +230,13 @@ def train(molecule: bi.systems.Molecule) -> None:
     )
     made = {"seed": SEED, "settings": EQUILIBRIUM.model_dump(mode="json")}
     bi.models.save(s_eq, HERE / "equilibrium.safetensors", molecule.name, made)
+
+
+def dynamic(molecule: bi.systems.Molecule) -> None:
+    """The score s_dyn, beside s_eq."""
     bopito = bi.models.train_bopito(
         bi.datasets.Trajectories.read(HERE / "biased.npz"),
-        s_eq,
+        bi.models.load(HERE / "equilibrium.safetensors", system=molecule.name),
         LAG_MAX,
         LAMBDA_HAT,
         config=DYNAMIC,
@@ -243,7 +248,7 @@ def train(molecule: bi.systems.Molecule) -> None:
     bi.models.save(bopito, HERE / "bopito.safetensors", molecule.name, made)
 
 
-def equilibrium(molecule: bi.systems.Molecule) -> bi.datasets.Frames:
+def equilibrium_frames(molecule: bi.systems.Molecule) -> bi.datasets.Frames:
     """Umbrella frames, and those of the biased trajectories, weighted.
 
     The trajectories are in equilibrium within each side of phi, so that their frames need but the
@@ -291,7 +296,8 @@ STAGES = {
     "reference": reference,
     "experiment": experiment,
     "frames": frames,
-    "train": train,
+    "equilibrium": equilibrium,
+    "dynamic": dynamic,
 }
 
 

@@ -1,6 +1,6 @@
 """Corrected kinetics of alanine dipeptide against unbiased MD.
 
-    python tests/benchmarks/bench_ala2_kinetics.py [--replicas 2048]     (an hour of one core)
+    python tests/benchmarks/bench_ala2_kinetics.py [--replicas 2048] [--device auto]
 
 The model was trained on trajectories of 200 ps, none of which crosses the barrier of phi. N_int is
 fitted to the correlation functions of sin(phi) and cos(phi) of MD. Compared with MD: the slowest
@@ -19,6 +19,7 @@ import torch
 
 import bopito_inverse as bi
 from bopito_inverse import plots
+from bopito_inverse.arguments import as_device
 from bopito_inverse.datasets import Frames, read_npz
 from bopito_inverse.models.painn import PaiNN
 from bopito_inverse.sampling import DPMSolver, Normal, Propagate, Rollout
@@ -39,8 +40,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--replicas", type=int, default=2048)
     parser.add_argument("--evaluations", type=int, default=12)
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    device = as_device(options.device)
     molecule = bi.systems.AlanineDipeptide()
     bopito = bi.models.load(FOLDER / "bopito.safetensors", system=molecule.name)
     for part in bopito.modules():
@@ -69,6 +72,7 @@ def main() -> None:
         measured,
         starts,
         seed=options.seed,
+        device=device,
         n_replicas=options.replicas,
         uniform_share=UNIFORM_SHARE,
     )
@@ -89,10 +93,10 @@ def main() -> None:
     found["moves"] = after_moves(molecule, model, step, starts, result.n_int.mean, options.seed)
     for key in ("MD timescale, frames", "held out", "moves"):
         print(f"{key}: {found[key]}")
+    store.write("ala2_kinetics", options.seed, found)
     with plt.rc_context(plots.STYLE):
         draw_correlations(result, measured, held_out)
     draw_rows(molecule, model, step, starts, result.n_int.mean, options.seed)
-    store.write("ala2_kinetics", options.seed, found)
 
 
 def reference_timescale() -> dict[str, Any]:
@@ -118,11 +122,12 @@ def after_moves(
     Energies: quantiles in kJ/mol. Bonds, angles: root mean square of the deviation from the mean
     over equilibrium frames, in units of its standard deviation there, over those not constrained.
     """
-    generator = torch.Generator().manual_seed(seed)
-    truth = starts.sample(10 * N_ENERGIES, generator)
+    device = model.scaling.scale.device
+    generator = torch.Generator(device).manual_seed(seed)
+    truth = starts.to(device).sample(10 * N_ENERGIES, generator)
     normal = Normal(generator, scaling=model.scaling)
     sets = {"MD": truth[:N_ENERGIES]}
-    n = torch.tensor(n_int)
+    n = torch.tensor(n_int, device=device)
     paper = Rollout([bi.sampling.Interpolate(), Propagate(model.lag_max)], STEP_LAG, step.solver)
     with torch.no_grad():
         for title, rollout in (("renoising", step), ("paper", paper)):
@@ -136,7 +141,7 @@ def after_moves(
         name: [(f(truth).mean(), f(truth).std()) for f in own] for name, own in features.items()
     }
     for name, x in sets.items():
-        energy = np.quantile(molecule.energy(x).numpy(), QUANTILES).round(1).tolist()
+        energy = np.quantile(molecule.energy(x.cpu()).numpy(), QUANTILES).round(1).tolist()
         rows[name] = {"energy": energy}
         for kind, own in features.items():
             z = [
@@ -210,6 +215,7 @@ def draw_rows(
             n_steps=max(lags),
             n_int=n_int,
             seed=seed,
+            device=model.scaling.scale.device,
         )
         assert made is not None
         x = made.frames.unflatten(0, (len(made), -1))

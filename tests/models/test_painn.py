@@ -1,6 +1,7 @@
 """The molecular network: symmetries, derivatives, parts of a batch, training and files."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -110,9 +111,9 @@ def test_parts_of_a_batch_are_the_batch(monkeypatch: pytest.MonkeyPatch) -> None
     for ratio, lag in ((torch.linspace(-4, 5, 7), torch.arange(1.0, 8)), (torch.tensor(1.0),) * 2):
         ratio, lag = ratio.double(), lag.double()
         whole = net(x, ratio, net.context(x_0, lag))
-        monkeypatch.setattr(painn, "CPU_BATCH", 3)
+        monkeypatch.setitem(painn.FRAMES_AT_ONCE, "cpu", 3)
         torch.testing.assert_close(net(x, ratio, net.context(x_0, lag)), whole)
-        monkeypatch.setattr(painn, "CPU_BATCH", 32)
+        monkeypatch.setitem(painn.FRAMES_AT_ONCE, "cpu", 32)
 
 
 def test_distances_are_those_of_the_frames() -> None:
@@ -294,3 +295,35 @@ def test_bad_arguments() -> None:
     alone = SHORT.model_copy(update={"validation": 0.001})
     with pytest.raises(ValueError, match="validation must leave something"):
         train_equilibrium(frames(), config=alone, molecule=ALANINE)
+
+
+@pytest.mark.gpu
+def test_network_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both devices agree, whole and in parts."""
+    net, x, x_0 = network(), noised(n=7), noised(n=7)
+    ratio, lag = torch.linspace(-4, 5, 7).double(), torch.arange(1.0, 8).double()
+    cpu = net(x, ratio, net.context(x_0, lag))
+    net, x, x_0, ratio, lag = (part.cuda() for part in (net, x, x_0, ratio, lag))
+    torch.testing.assert_close(net(x, ratio, net.context(x_0, lag)).cpu(), cpu)
+    monkeypatch.setitem(painn.FRAMES_AT_ONCE, "cuda", 3)
+    torch.testing.assert_close(net(x, ratio, net.context(x_0, lag)).cpu(), cpu)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_on_cuda(compiled: bool, precision: Literal["float32", "bfloat16"]) -> None:
+    """Both scores learn there what they learn on the CPU, and make frames with the same bonds."""
+    paths = Trajectories.read(shipped_data("ala2") / "biased.npz").take(torch.arange(20))
+    slow = TrainingConfig(steps=200, network=SIZE)
+    fast = slow.model_copy(update={"compile": compiled, "precision": precision})
+    bonds = {}
+    for device, config in (("cpu", slow), ("cuda", fast)):
+        s_eq = train_equilibrium(paths.frames, config=config, device=device, molecule=ALANINE)
+        bopito = train_bopito(paths, s_eq, 50, 0.999, config=config, device=device)
+        step, starts = Rollout([Propagate(50)], 50), paths.frames[:512]
+        made = sample(bopito, step, starts=starts, n_steps=1, device=device)
+        assert made is not None
+        pairs = made.frames.unflatten(0, (512, 2))[:, 1][:, ALANINE.bonds]
+        bonds[device] = (pairs[:, :, 0] - pairs[:, :, 1]).norm(dim=-1).median(0).values
+    torch.testing.assert_close(bonds["cuda"], bonds["cpu"], rtol=0.1, atol=0)
