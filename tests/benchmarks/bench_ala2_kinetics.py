@@ -9,6 +9,7 @@ follow a start; and what each move of the step does to bonds, angles and potenti
 """
 
 import argparse
+import json
 import time
 from typing import Any
 
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=2048)
     parser.add_argument("--evaluations", type=int, default=12)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--moves", action="store_true", help="only these, at the stored n_int")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     device = as_device(options.device)
@@ -53,6 +55,13 @@ def main() -> None:
     starts = Frames.read(FOLDER / "frames.npz")
     solver = DPMSolver(options.evaluations)
     step = bi.sampling.renoising_step(model.lag_max, STEP_LAG, solver, slower=False)
+    if options.moves:
+        n_int = json.loads((store.RESULTS / "ala2_kinetics.json").read_text())["fit"]["n_int"]
+        moves = after_moves(molecule, model.to(device), step, starts, n_int["mean"], options.seed)
+        for name, row in moves.items():
+            print(f"{name}: {row}")
+        store.write("ala2_moves", options.seed, moves)
+        return
     obs = {
         name: bi.observables.Correlation(
             bi.observables.feature(name, molecule.topology), normalization="static", name=name
