@@ -39,7 +39,7 @@ from torch.nn.functional import layer_norm, silu
 from bopito_inverse.models.networks import Fourier
 
 CLEAN_WIDTH = 0.02  # least width of a distance in a frame without noise, in scales
-FRAMES_AT_ONCE = {"cpu": 32, "cuda": 4096}  # that stay in the cache; that memory surely holds
+FRAMES_AT_ONCE = {"cpu": 32, "cuda": 4096}  # that stay in the cache; that keep a GPU busy
 READER_DEPTH = 2
 RECOMPILE_LIMIT = 64  # kinds of layers, of parts of a batch, and of derivatives, in one process
 

@@ -61,7 +61,8 @@ class DPMSolver:
     adds the second difference of the last three data predictions.
 
     Args:
-        evaluations: score calls for one sample.
+        evaluations: score calls for one sample. The stiff bonds and angles of a molecule need some
+            20; with 12 they are strained.
         order: order of the extrapolation.
     """
 

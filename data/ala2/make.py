@@ -11,7 +11,7 @@
 
 The work is done under results/ala2 and resumes there after a kill. On two cores, of which a step of
 MD takes some 20 us, the stages take about 15 minutes, 5 minutes, 1 hour and 15 minutes, seconds,
-and 1 hour; the reference takes 3.5 hours where a step takes 50 us.
+seconds, and 1 hour for both scores; the reference takes 3.5 hours where a step takes 50 us.
 """
 
 import os

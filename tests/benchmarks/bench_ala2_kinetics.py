@@ -1,11 +1,13 @@
 """Corrected kinetics of alanine dipeptide against unbiased MD.
 
     python tests/benchmarks/bench_ala2_kinetics.py [--replicas 2048] [--device auto]
+    python tests/benchmarks/bench_ala2_kinetics.py --moves [--evaluations 20]
 
 The model was trained on trajectories of 200 ps, none of which crosses the barrier of phi. N_int is
 fitted to the correlation functions of sin(phi) and cos(phi) of MD. Compared with MD: the slowest
 timescale, both with errors; a distance that was not fitted, by its reduced chi-square; frames that
-follow a start; and what each move of the step does to bonds, angles and potential energies.
+follow a start; and what each move of the step does to bonds, angles and potential energies. The
+second command does only the last, at the n_int that the first one found.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """The molecular network: symmetries, derivatives, parts of a batch, training and files."""
 
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -312,18 +313,21 @@ def test_network_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_training_on_cuda(compiled: bool, precision: Literal["float32", "bfloat16"]) -> None:
+def test_training_on_cuda(compiled: bool, precision: str) -> None:
     """Both scores learn there what they learn on the CPU, and make frames with the same bonds."""
+    fast = learned_bonds("cuda", compile=compiled, precision=precision)
+    torch.testing.assert_close(fast, learned_bonds("cpu"), rtol=0.1, atol=0)
+
+
+@cache
+def learned_bonds(device: str, **options: Any) -> torch.Tensor:
+    """Median length of each bond in frames of a small model, trained and sampled on a device."""
     paths = Trajectories.read(shipped_data("ala2") / "biased.npz").take(torch.arange(20))
-    slow = TrainingConfig(steps=200, network=SIZE)
-    fast = slow.model_copy(update={"compile": compiled, "precision": precision})
-    bonds = {}
-    for device, config in (("cpu", slow), ("cuda", fast)):
-        s_eq = train_equilibrium(paths.frames, config=config, device=device, molecule=ALANINE)
-        bopito = train_bopito(paths, s_eq, 50, 0.999, config=config, device=device)
-        step, starts = Rollout([Propagate(50)], 50), paths.frames[:512]
-        made = sample(bopito, step, starts=starts, n_steps=1, device=device)
-        assert made is not None
-        pairs = made.frames.unflatten(0, (512, 2))[:, 1][:, ALANINE.bonds]
-        bonds[device] = (pairs[:, :, 0] - pairs[:, :, 1]).norm(dim=-1).median(0).values
-    torch.testing.assert_close(bonds["cuda"], bonds["cpu"], rtol=0.1, atol=0)
+    config = TrainingConfig(steps=200, network=SIZE, **options)
+    s_eq = train_equilibrium(paths.frames, config=config, device=device, molecule=ALANINE)
+    bopito = train_bopito(paths, s_eq, 50, 0.999, config=config, device=device)
+    step, starts = Rollout([Propagate(50)], 50), paths.frames[:512]
+    made = sample(bopito, step, starts=starts, n_steps=1, device=device)
+    assert made is not None
+    pairs = made.frames.unflatten(0, (512, 2))[:, 1][:, ALANINE.bonds]
+    return (pairs[:, :, 0] - pairs[:, :, 1]).norm(dim=-1).median(0).values
