@@ -1,17 +1,14 @@
 """Corrected kinetics of alanine dipeptide against unbiased MD.
 
     python tests/benchmarks/bench_ala2_kinetics.py [--replicas 2048] [--device auto]
-    python tests/benchmarks/bench_ala2_kinetics.py --moves [--evaluations 20]
 
 The model was trained on trajectories of 200 ps, none of which crosses the barrier of phi. N_int is
 fitted to the correlation functions of sin(phi) and cos(phi) of MD. Compared with MD: the slowest
 timescale, both with errors; a distance that was not fitted, by its reduced chi-square; frames that
-follow a start; and what each move of the step does to bonds, angles and potential energies. The
-second command does only the last, at the n_int that the first one found.
+follow a start; and what each move of the step does to bonds, angles and potential energies.
 """
 
 import argparse
-import json
 import time
 from typing import Any
 
@@ -42,9 +39,8 @@ def main() -> None:
     """Fit, compare, draw and keep."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--replicas", type=int, default=2048)
-    parser.add_argument("--evaluations", type=int, default=12)
+    parser.add_argument("--evaluations", type=int, default=20)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--moves", action="store_true", help="only these, at the stored n_int")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     device = as_device(options.device)
@@ -57,13 +53,6 @@ def main() -> None:
     starts = Frames.read(FOLDER / "frames.npz")
     solver = DPMSolver(options.evaluations)
     step = bi.sampling.renoising_step(model.lag_max, STEP_LAG, solver, slower=False)
-    if options.moves:
-        n_int = json.loads((store.RESULTS / "ala2_kinetics.json").read_text())["fit"]["n_int"]
-        moves = after_moves(molecule, model.to(device), step, starts, n_int["mean"], options.seed)
-        for name, row in moves.items():
-            print(f"{name}: {row}")
-        store.write("ala2_moves", options.seed, moves)
-        return
     obs = {
         name: bi.observables.Correlation(
             bi.observables.feature(name, molecule.topology), normalization="static", name=name
