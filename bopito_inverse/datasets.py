@@ -16,6 +16,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -136,7 +137,6 @@ class Trajectories:
         Raises:
             ValueError: another suffix; no topology or one that does not fit the frames; other
                 trajectories of that name that `read` would take for part of these.
-            ImportError: `.h5` without PyTables.
         """
         path = Path(path)
         if path.suffix != ".npz":
@@ -172,7 +172,6 @@ class Trajectories:
             FileNotFoundError: there is no such file.
             ValueError: the file is truncated, foreign, lacks a key or holds bad trajectories; times
                 that are not evenly spaced, or none and no `frame_time`.
-            ImportError: `.h5` without PyTables.
         """
         path = Path(path)
         if path.suffix != ".npz":
@@ -397,12 +396,19 @@ def read_npz(path: str | os.PathLike, required: Sequence[str]) -> dict[str, np.n
     return arrays
 
 
+def require_pytables(suffix: str, what: str) -> None:
+    """Refuse HDF5 files where PyTables, with which mdtraj reads and writes them, is missing."""
+    if suffix in (".h5", ".hdf5") and find_spec("tables") is None:
+        raise ValueError(f"{what} needs the package tables: `pip install tables`")
+
+
 def _write_molecules(path: Path, trajectories: Trajectories, topology: Any) -> None:
     """Files of the trajectories and `topology.pdb` beside them."""
     import mdtraj
 
     if path.suffix not in WRITTEN:
         raise ValueError(f"path must end in .npz or one of {', '.join(WRITTEN)}, got {str(path)!r}")
+    require_pytables(path.suffix, str(path))
     molecule = _topology(path, topology)
     if trajectories.event_shape != (molecule.n_atoms, 3):
         raise ValueError(
@@ -449,6 +455,7 @@ def _read_molecules(
             )
     elif not path.is_file():
         raise FileNotFoundError(f"there is no trajectory {path}")
+    require_pytables(files[0].suffix, str(path))
     molecule = None if files[0].suffix in COMPLETE else _topology(files[0], topology)
     trajectories, steps = [], []
     for file in files:
@@ -468,8 +475,6 @@ def _load(path: Path, topology: "mdtraj.Topology | None") -> "mdtraj.Trajectory"
 
     try:
         trajectory = mdtraj.load(str(path), **({} if topology is None else {"top": topology}))
-    except ImportError:
-        raise
     except Exception as error:  # each reader of mdtraj has errors of its own
         raise ValueError(f"{path} cannot be read by mdtraj: {error}") from error
     if len(trajectory) < 2:

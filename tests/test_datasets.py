@@ -271,7 +271,7 @@ def test_without_pytables_it_is_said_what_h5_needs(
         lambda: molecular(3).write(tmp_path / "run.h5", topology),
         lambda: Trajectories.read(tmp_path / "run.h5"),
     ):
-        with pytest.raises(ImportError, match="pip install tables"):
+        with pytest.raises(ValueError, match="h5 needs the package tables: `pip"):
             use()
     assert (tmp_path / "run.h5").read_bytes() == b"something"
 

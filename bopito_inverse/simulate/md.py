@@ -26,7 +26,6 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
-from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Event, Lock, Thread
@@ -36,7 +35,7 @@ import numpy as np
 import torch
 
 from bopito_inverse.arguments import as_count, as_generator
-from bopito_inverse.datasets import Array, Trajectories, read_npz, write_npz
+from bopito_inverse.datasets import Array, Trajectories, read_npz, require_pytables, write_npz
 from bopito_inverse.fan_out import _bar, _one_thread, fan_out
 from bopito_inverse.systems.molecules import GAS_CONSTANT, Molecule, _platform
 
@@ -555,8 +554,7 @@ def _result(
 def _as_format(format: str) -> None:
     if format not in get_args(Format):
         raise ValueError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
-    if format == "h5" and find_spec("tables") is None:
-        raise ValueError("format 'h5' needs the package tables: `pip install tables`, or take trr")
+    require_pytables(f".{format}", f"format {format!r}")
 
 
 _counter: Any = None  # segments that the processes of one call have finished, in such a process

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +108,6 @@ def _read_trajectories(path: Path, system: Potential1D | Molecule) -> Trajectori
     """Trajectories, in any format that mdtraj reads where they are of a molecule."""
     if isinstance(system, Potential1D):
         return Trajectories.read(path)
-    if _suffix(path) in (".h5", ".hdf5") and find_spec("tables") is None:
-        raise ValueError(f"{path} needs the package tables: `pip install tables`")
     return Trajectories.read(path, system.topology, None if is_timed(path) else system.frame_time)
 
 
