@@ -7,10 +7,13 @@ computed by `context`, once per move of a rollout, and not at every step of the 
 """
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
+
+FRAMES_AT_ONCE = {"cpu": 512}  # whose activations stay in the cache
 
 
 class Fourier(nn.Module):
@@ -85,6 +88,9 @@ class MLP(nn.Module):
 
     def forward(self, x_t: Tensor, log_ratio: Tensor, context: Tensor | None = None) -> Tensor:
         """Output shaped like `x_t` (B, *event), for `log_ratio` of shape () or (B,)."""
+        return in_parts(self._forward, FRAMES_AT_ONCE, x_t, log_ratio, context)
+
+    def _forward(self, x_t: Tensor, log_ratio: Tensor, context: Tensor | None) -> Tensor:
         times = self.embed_time(self.time(log_ratio.reshape(-1, 1))).chunk(len(self.layers) + 1, 1)
         h = _shifted(self.embed_frame, self.frame(x_t.flatten(1)), times[0])
         h = silu(h if context is None else h + context)
@@ -98,3 +104,26 @@ def _shifted(layer: nn.Linear, h: Tensor, shift: Tensor) -> Tensor:
     if len(shift) == 1:
         return linear(h, layer.weight, layer.bias + shift[0])
     return layer(h) + shift
+
+
+def in_parts(
+    function: Callable[..., Tensor], limits: Mapping[str, int], x: Tensor, *given: Tensor | None
+) -> Tensor:
+    """function(x, *given), for parts of a large batch one after the other.
+
+    Args:
+        function: maps batches to a batch.
+        limits: frames at once, by kind of device; no entry is no limit.
+        x: (B, ...).
+        given: of the whole batch (B, ...), or shared by it: shape (), (1, ...) or None.
+    """
+    limit = limits.get(x.device.type, len(x))
+    if len(x) <= limit:
+        return function(x, *given)
+    parts = x.split(limit)
+    shared = [value is None or value.ndim == 0 or len(value) == 1 for value in given]
+    rest = [
+        [value] * len(parts) if one else value.split(limit)  # type: ignore[union-attr]
+        for value, one in zip(given, shared, strict=True)
+    ]
+    return torch.cat([function(*part) for part in zip(parts, *rest, strict=True)])

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, silu
 
-from bopito_inverse.models.networks import Fourier
+from bopito_inverse.models.networks import Fourier, in_parts
 
 CLEAN_WIDTH = 0.02  # least width of a distance in a frame without noise, in scales
 FRAMES_AT_ONCE = {"cpu": 32, "cuda": 4096}  # that stay in the cache; that keep a GPU busy
@@ -164,9 +164,9 @@ class PaiNN(nn.Module):
 
     def context(self, x_0: Tensor, lag: Tensor) -> Tensor:
         """What (x_0, lag) contribute, shape (B, n_atoms, depth * width)."""
-        if (parts := _parts(x_0)) is not None:
-            given = zip(parts, _split_like(lag, parts), strict=True)
-            return torch.cat([self.context(*part) for part in given])
+        return in_parts(self._context, FRAMES_AT_ONCE, x_0, lag)
+
+    def _context(self, x_0: Tensor, lag: Tensor) -> Tensor:
         log_lag = self.log_lag(lag.to(x_0.dtype).log().reshape(-1, 1))
         s = self._atoms(x_0) + self.embed_lag(log_lag)[:, None]
         s, _ = _pass(self.reader, s, self._pairs(x_0, None), [None] * READER_DEPTH)
@@ -174,9 +174,9 @@ class PaiNN(nn.Module):
 
     def forward(self, x_t: Tensor, log_ratio: Tensor, context: Tensor | None = None) -> Tensor:
         """Output shaped like `x_t` (B, n_atoms, 3), for `log_ratio` of shape () or (B,)."""
-        if (parts := _parts(x_t)) is not None:
-            rest = (_split_like(value, parts) for value in (log_ratio, context))
-            return torch.cat([self(*part) for part in zip(parts, *rest, strict=True)])
+        return in_parts(self._forward, FRAMES_AT_ONCE, x_t, log_ratio, context)
+
+    def _forward(self, x_t: Tensor, log_ratio: Tensor, context: Tensor | None) -> Tensor:
         times = self.time(log_ratio.reshape(-1, 1))
         shifts = self.embed_time(times)[:, None]
         if context is not None:
@@ -304,16 +304,3 @@ def _pair_kinds(atom_types: Sequence[int], bonds: Sequence[Sequence[int]]) -> Te
         for j in range(n)
     ]
     return torch.tensor(numbers).view(n, n)
-
-
-def _parts(x: Tensor) -> tuple[Tensor, ...] | None:
-    """Parts of a batch that are worked on one after the other, or None where it is small."""
-    limit = FRAMES_AT_ONCE.get(x.device.type, len(x))
-    return x.split(limit) if len(x) > limit else None
-
-
-def _split_like(value: Tensor | None, parts: Sequence[Tensor]) -> Sequence[Any]:
-    """What belongs to each part; a value that all replicas share goes to every part."""
-    if value is None or value.ndim == 0 or len(value) == 1:
-        return [value] * len(parts)
-    return value.split(len(parts[0]))
