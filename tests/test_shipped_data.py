@@ -65,7 +65,13 @@ def test_equilibrium_score_from_umbrella_windows() -> None:
 
 @pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
+    """With half of the replicas and trajectories, to save time."""
     config = Config.read(DATA / "demo.toml", "cpu", tmp_path)
+    fewer = {
+        "fit": config.section("fit").model_copy(update={"n_replicas": 4096}),
+        "sample": config.section("sample").model_copy(update={"n_trajectories": 1000}),
+    }
+    config = config.model_copy(update=fewer)
     stages.fit(config)
     stages.sample(config)
     summary = json.loads((tmp_path / "fit" / "summary.json").read_text())
