@@ -38,6 +38,7 @@ from bopito_inverse.models.scores import BoPITOScore, DynamicScore, EquilibriumS
 from bopito_inverse.noise import Scaling, VPSchedule, per_replica
 from bopito_inverse.systems.molecules import Molecule
 
+FOCUS = (-1.25, 0.5)  # log(alpha / sigma) from which states of a molecule are told apart, and to
 GRAPH = ("kind", "atom_types", "bonds")  # what a network must know of a molecule
 Batch = tuple[Tensor, ...]
 Loss = Callable[[nn.Module, torch.Generator], Tensor]
@@ -76,6 +77,10 @@ class TrainingConfig(BaseModel):
     log(alpha / sigma) at t = 0: details finer than exp(-noise_start) scales are not resolved. By
     default it is 4, and the batch size 4096; of molecules 5, as their bonds need, and 128.
 
+    `noise_focus` is the share of the noise levels that are drawn where frames of different states
+    begin to overlap; the others are spread evenly over all. There it is decided in which state a
+    draw ends, which the dynamic score of a molecule learns last.
+
     With `validation`, that share of the data (of frames, or of whole trajectories) is held out, and
     the moving average is tried on it every `validate_every` steps. With `patience`, training ends
     when so many of these trials in a row were no better than the best before, and the best of the
@@ -97,6 +102,7 @@ class TrainingConfig(BaseModel):
     gradient_clip: float = Field(default=1.0, gt=0)
     lag_sampling: LagSampling = "log_uniform"
     noise_start: float | None = Field(default=None, gt=0)
+    noise_focus: float = Field(default=0.0, ge=0, lt=1)
     validation: float = Field(default=0.0, ge=0, lt=1)
     validate_every: int = Field(default=500, ge=1)
     patience: int | None = Field(default=None, ge=1)
@@ -183,7 +189,7 @@ def train_equilibrium(
         def loss(score: nn.Module, generator: torch.Generator) -> Tensor:
             drawn = part.draw(config.batch_size, generator)  # type: ignore[arg-type]
             force = None if forces is None else (g[own[drawn]], stiffness)
-            return _velocity_loss(score, part.x[drawn], (), generator, force)
+            return _velocity_loss(score, part.x[drawn], (), generator, config.noise_focus, force)
 
         return loss
 
@@ -202,6 +208,7 @@ def train_bopito(
     folder: str | Path | None = None,
     device: Device | str = "auto",
     progress: bool = False,
+    s_dyn: DynamicScore | None = None,
 ) -> BoPITOScore:
     """Train s_dyn on lagged pairs, with s_eq frozen.
 
@@ -216,10 +223,12 @@ def train_bopito(
         lag_max: longest lag N_max in frames, shorter than the longest trajectory.
         lambda_hat: assumed decay per frame of the slowest process, in (0, 1).
         config, seed, folder, device, progress: as in `train_equilibrium`.
+        s_dyn: trained dynamic score to go on from, which is not changed; `config.network` is then
+            not used. By default a new one.
 
     Raises:
         ValueError: lag_max not below the longest trajectory, lambda_hat outside (0, 1), frames of
-            another shape than s_eq's.
+            another shape than s_eq's, or an s_dyn of another diffusion.
     """
     target = as_device(device)
     if trajectories.event_shape != s_eq.event_shape:
@@ -229,9 +238,9 @@ def train_bopito(
         )
     of_molecule = isinstance(getattr(s_eq, "network", None), PaiNN)
     config = (config or TrainingConfig()).completed(of_molecule)
-    s_dyn = _build_like(s_eq, config, seed)
     frozen = copy.deepcopy(s_eq).requires_grad_(False)
-    bopito = BoPITOScore(frozen, s_dyn, lambda_hat, lag_max)
+    begin = _build_like(s_eq, config, seed) if s_dyn is None else copy.deepcopy(s_dyn)
+    bopito = BoPITOScore(frozen, begin.requires_grad_(True), lambda_hat, lag_max)
     return _train_on_pairs(bopito, trajectories, lag_max, config, seed, target, folder, progress)
 
 
@@ -275,7 +284,7 @@ def _train_on_pairs(
         def loss(score: nn.Module, generator: torch.Generator) -> Tensor:
             x_0, x, lag = pairs.sample(config.batch_size, generator)  # type: ignore[arg-type]
             x_0 = score.scaling.standardise(x_0)  # type: ignore[union-attr, operator]
-            return _velocity_loss(score, x, (x_0, lag), generator)
+            return _velocity_loss(score, x, (x_0, lag), generator, config.noise_focus)
 
         return loss
 
@@ -288,6 +297,7 @@ def _train_on_pairs(
         if isinstance(score, BoPITOScore):
             source["lambda_hat"] = score.lambda_hat
             source["s_eq"] = _digest(*score.s_eq.state_dict().values())
+            source["s_dyn"] = _digest(*score.s_dyn.state_dict().values())
     return _optimise(score, losses, config, seed, device, folder, progress, source)
 
 
@@ -296,13 +306,14 @@ def _velocity_loss(
     x: Tensor,
     condition: Batch,
     generator: torch.Generator,
+    focus: float = 0.0,
     force: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Squared error of the velocity; `force` is g of each frame, (B, *event), and E[g^2], ()."""
     y = score.scaling.standardise(x)  # type: ignore[union-attr, operator]
     noise: VPSchedule = score.noise  # type: ignore[assignment]
     offsets = torch.rand(len(y), generator=generator, device=y.device)
-    t = (torch.arange(len(y), device=y.device) + offsets) / len(y)
+    t = _focused((torch.arange(len(y), device=y.device) + offsets) / len(y), noise, focus)
     eps = torch.randn(y.shape, generator=generator, device=y.device)
     eps = score.scaling.project(eps)  # type: ignore[union-attr, operator]
     alpha, sigma = per_replica(noise.alpha(t), y), per_replica(noise.sigma(t), y)
@@ -313,6 +324,15 @@ def _velocity_loss(
     ratio = sigma / alpha
     c = 1 / (1 + stiffness * ratio.square())
     return (((1 - c) * eps - c * ratio * g - eps_hat) / alpha).square().mean()
+
+
+def _focused(t: Tensor, noise: VPSchedule, share: float) -> Tensor:
+    """Uniform t, of which a share is moved to where log alpha / sigma is within FOCUS."""
+    if share == 0:
+        return t
+    first, last = ((noise.start - ratio) / (noise.start - noise.end) for ratio in FOCUS)
+    moved = first + (last - first) * t / share
+    return torch.where(t < share, moved, (t - share) / (1 - share))
 
 
 def _graph(molecule: Molecule | None, frames: Tensor) -> dict[str, Any] | None:

@@ -22,6 +22,9 @@ from bopito_inverse.models import (
     train_equilibrium,
     train_ito,
 )
+from bopito_inverse.models import train as train_module
+from bopito_inverse.models.scores import DynamicScore
+from bopito_inverse.noise import VPSchedule
 
 SMALL = NetworkConfig(width=32, depth=2, n_frequencies=4)
 TINY = TrainingConfig(
@@ -158,6 +161,49 @@ def test_bopito_leaves_the_equilibrium_score_alone(equilibrium: Any) -> None:
         assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
     assert not any(p.requires_grad for p in score.parameters())
     assert any(bool(p.abs().max() > 0) for p in score.s_dyn.network.out.parameters())
+
+
+def test_a_dynamic_score_is_trained_on(tmp_path: Path, equilibrium: Any) -> None:
+    trajectories = ornstein_uhlenbeck(20, 20)
+    first = train_bopito(trajectories, equilibrium, 10, 0.9, TINY, device="cpu")
+    before = {k: v.clone() for k, v in first.s_dyn.state_dict().items()}
+
+    def go_on(s_dyn: Any, folder: Path | None = None, **other: Any) -> Any:
+        config = TINY.model_copy(update={"steps": 1, "learning_rate": 1e-6, **other})
+        return train_bopito(
+            trajectories, equilibrium, 10, 0.9, config, 0, folder, "cpu", s_dyn=s_dyn
+        )
+
+    second = go_on(first.s_dyn, tmp_path)
+    for k, v in second.s_dyn.state_dict().items():
+        torch.testing.assert_close(v, before[k], atol=1e-5, rtol=0)
+    assert same(first.s_dyn, second.s_dyn) is False
+    assert all(torch.equal(v, before[k]) for k, v in first.s_dyn.state_dict().items())
+    assert not any(p.requires_grad for p in [*first.parameters(), *second.parameters()])
+    with pytest.raises(ValueError, match="s_dyn "):
+        go_on(None, tmp_path)
+    other = DynamicScore((1,), noise=VPSchedule(3.0), scaling=equilibrium.scaling)
+    with pytest.raises(ValueError, match="s_eq and s_dyn must have the same noise"):
+        go_on(other)
+
+
+def test_focus_moves_a_share_of_the_noise_levels() -> None:
+    noise = VPSchedule(5.0)
+    t = train_module._focused((torch.arange(10_000) + 0.5) / 10_000, noise, 0.6)
+    ratio = noise.log_ratio(t)
+    inside = (ratio > -1.25) & (ratio < 0.5)
+    assert float(inside.float().mean()) == pytest.approx(0.6 + 0.4 * 1.75 / 9, abs=1e-3)
+    assert float((ratio >= 0.5).float().mean()) == pytest.approx(0.4 * 4.5 / 9, abs=1e-3)
+    assert 0 < t.min() < 1e-3 < 0.999 < t.max() < 1
+
+
+def test_focus_does_not_change_the_minimum() -> None:
+    config = TrainingConfig(
+        steps=400, batch_size=512, warmup=20, ema_decay=0.99, noise_focus=0.7, network=SMALL
+    )
+    x = 0.5 + 0.2 * torch.randn(5000, 1, generator=generator())
+    score = train_equilibrium(x, config=config, device="cpu")
+    assert rms_velocity_error(score, float(x.mean()), float(x.std())) < 0.1
 
 
 def test_moving_average_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
