@@ -261,8 +261,8 @@ def dynamic(molecule: bi.systems.Molecule) -> None:
 def refine(molecule: bi.systems.Molecule) -> None:
     """The score s_dyn of the stage before, trained on with most of the noise levels in the middle.
 
-    Before, one draw in a hundred from the left side ended on the right, at any lag; then one in
-    three hundred.
+    Before, one draw in a hundred from the left side ended on the right, at any lag; then one in two
+    hundred.
     """
     first = bi.models.load(HERE / "bopito.safetensors", system=molecule.name)
     bopito = bi.models.train_bopito(
