@@ -8,8 +8,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", torch_itself)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: "slow" not in item.keywords)  # else one core waits for the last
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # each worker of pytest-xdist begins with its part of the slow tests, and quick ones can be
+    # taken over by another at the end; else one core waits for the other's last
+    slow = [item for item in items if "slow" in item.keywords]
+    quick = [item for item in items if "slow" not in item.keywords]
+    n = getattr(config, "workerinput", {}).get("workercount", 1)
+    size = -(-len(quick) // n)
+    items[:] = [item for k in range(n) for item in (*slow[k::n], *quick[k * size : (k + 1) * size])]
     if torch.cuda.is_available():
         return
     for item in items:
