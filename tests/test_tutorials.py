@@ -111,6 +111,20 @@ def test_corrected_kinetics() -> None:
     assert said["held_out_error_corrected"] < 0.05 < 0.5 < said["held_out_error_uncorrected"]
 
 
+def test_a_molecule_is_corrected() -> None:
+    """Nobody crosses in the data; the fitted step crosses as MD does, and frames are molecules."""
+    said = json.loads(printed(executed(MOLECULE))[-1].splitlines()[-1])
+    low, high = said["timescale_hdi_94"]
+    assert low < said["md_timescale"] + 2 * said["md_error"]
+    assert said["md_timescale"] - 2 * said["md_error"] < high
+    assert said["status"] in ("ok", "mc_limited", "bound")  # few replicas
+    assert 300 < said["timescale_median"] < 20_000
+    still = said["still_on_the_right"]
+    assert still["one step"] < 0.85 < still["one relaxation"]
+    weighted, generated = said["median_energy"]
+    assert generated == pytest.approx(weighted, abs=15)  # kJ/mol
+
+
 def test_a_molecule_of_ones_own() -> None:
     """Each step of tutorial 5 says what it is worth: weights that are, a model that is not."""
     said = json.loads(printed(executed(OWN))[-1])
@@ -129,17 +143,3 @@ def test_a_molecule_of_ones_own() -> None:
     assert said["frames_read"] == said["frames_written"] == 8 * 11
     assert 0 < said["rounding_nm"] < 0.00051
     assert set(said["checked"]) >= {"system", "experiment", "step", "simulate", "sample"}
-
-
-def test_a_molecule_is_corrected() -> None:
-    """Nobody crosses in the data; the fitted step crosses as MD does, and frames are molecules."""
-    said = json.loads(printed(executed(MOLECULE))[-1].splitlines()[-1])
-    low, high = said["timescale_hdi_94"]
-    assert low < said["md_timescale"] + 2 * said["md_error"]
-    assert said["md_timescale"] - 2 * said["md_error"] < high
-    assert said["status"] in ("ok", "mc_limited", "bound")  # few replicas
-    assert 300 < said["timescale_median"] < 20_000
-    still = said["still_on_the_right"]
-    assert still["one step"] < 0.85 < still["one relaxation"]
-    weighted, generated = said["median_energy"]
-    assert generated == pytest.approx(weighted, abs=15)  # kJ/mol
