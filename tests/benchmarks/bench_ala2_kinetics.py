@@ -45,11 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     device = as_device(options.device)
     molecule = bi.systems.AlanineDipeptide()
-    bopito = bi.models.load(FOLDER / "bopito.safetensors", system=molecule.name)
-    for part in bopito.modules():
-        if isinstance(part, PaiNN):
-            part.compile_layers()
-    model = bi.Interpolator(bopito)
+    model = compiled_model(molecule)
     starts = Frames.read(FOLDER / "frames.npz")
     solver = DPMSolver(options.evaluations)
     step = bi.sampling.renoising_step(model.lag_max, STEP_LAG, solver, slower=False)
@@ -97,6 +93,15 @@ def main() -> None:
     with plt.rc_context(plots.STYLE):
         draw_correlations(result, measured, held_out)
     draw_rows(molecule, model, step, starts, result.n_int.mean, options.seed)
+
+
+def compiled_model(molecule: bi.systems.Molecule) -> bi.Interpolator:
+    """The shipped model, its layers compiled."""
+    bopito = bi.models.load(FOLDER / "bopito.safetensors", system=molecule.name)
+    for part in bopito.modules():
+        if isinstance(part, PaiNN):
+            part.compile_layers()
+    return bi.Interpolator(bopito)
 
 
 def reference_timescale() -> dict[str, Any]:

@@ -15,16 +15,14 @@ import json
 import numpy as np
 import store
 import torch
+from bench_ala2_kinetics import FOLDER, STEP_LAG, compiled_model
 from torch import Tensor
 
 import bopito_inverse as bi
 from bopito_inverse.arguments import as_device
 from bopito_inverse.datasets import Frames
-from bopito_inverse.models.painn import PaiNN
 from bopito_inverse.sampling import Interpolate, Propagate, Renoise, Rollout, renoising_step
 
-FOLDER = store.DATA / "ala2"
-STEP_LAG = 1000
 N_STEPS = 10
 
 
@@ -37,11 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     device = as_device(options.device)
     molecule = bi.systems.AlanineDipeptide()
-    bopito = bi.models.load(FOLDER / "bopito.safetensors", system=molecule.name)
-    for part in bopito.modules():
-        if isinstance(part, PaiNN):
-            part.compile_layers()
-    model = bi.Interpolator(bopito)
+    model = compiled_model(molecule)
     phi = bi.observables.feature("phi", molecule.topology)
 
     def right(x: Tensor) -> Tensor:

@@ -231,3 +231,20 @@ def test_scaling_has_one_mean_per_component() -> None:
     )
     with pytest.raises(ValueError, match=r"scaling must have a mean of shape \(\) or \(2,\)"):
         EquilibriumScore((2,), SIZE, scaling=Scaling([1.0, 2.0, 3.0]))
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_a_large_batch_is_that_of_its_parts(each: bool) -> None:
+    """On a CPU 512 frames are worked on at once, whose times and lags are their own or shared."""
+    score = randomise(network(ITOScore, (2,)))
+    generator = torch.Generator().manual_seed(1)
+    x_t, x_0 = torch.randn(2, 1100, 2, generator=generator)
+    t, lag = torch.rand(1100, generator=generator), torch.arange(1.0, 1101)
+    if not each:
+        t, lag = t[0], lag[7]
+    with torch.no_grad():
+        whole = score(x_t, t, x_0, lag)
+        for k in (0, 511, 512, 1023, 1024, 1099):
+            own = (t[[k]], lag[[k]]) if each else (t, lag)
+            alone = score(x_t[[k]], own[0], x_0[[k]], own[1])
+            torch.testing.assert_close(whole[[k]], alone, atol=1e-5, rtol=1e-5)

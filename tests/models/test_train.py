@@ -177,7 +177,7 @@ def test_a_dynamic_score_is_trained_on(tmp_path: Path, equilibrium: Any) -> None
     second = go_on(first.s_dyn, tmp_path)
     for k, v in second.s_dyn.state_dict().items():
         torch.testing.assert_close(v, before[k], atol=1e-5, rtol=0)
-    assert same(first.s_dyn, second.s_dyn) is False
+    assert not same(first.s_dyn, second.s_dyn)
     assert all(torch.equal(v, before[k]) for k, v in first.s_dyn.state_dict().items())
     assert not any(p.requires_grad for p in [*first.parameters(), *second.parameters()])
     with pytest.raises(ValueError, match="s_dyn "):
